@@ -1,0 +1,181 @@
+"""What a node asks its world to do. One closed union; a world performs all of it or says so at start.
+
+Decisions are effects: a journal keeps their digest and `kvasir verify` compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from kvasir.core.errors import UnsupportedEffect
+from kvasir.core.events import AnyEvent
+from kvasir.core.ids import BlockId, BlockKey, NodeId, RequestId, StepId, WorkerId
+from kvasir.core.messages import AnyMessage, EndReason, PrefillReport
+from kvasir.core.request import Sampling
+
+
+class Effect(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
+    """Base of all; the tag in a journal is the class name."""
+
+
+class Tell(Effect):
+    """Send a message to a node. It may be lost or late; it is not retried."""
+
+    to: NodeId
+    message: AnyMessage
+
+
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """One sequence's share of a step.
+
+    Computes KV of `count` tokens at positions [start, start + count). `blocks` are appended to the
+    sequence's block table first (`fresh` starts a new table). With `sample`, the token after the
+    last position is drawn: output token `index` of the request. `end_at`: the output index at which
+    the row is over by length.
+    """
+
+    request_id: RequestId
+    attempt: int
+    start: int
+    count: int
+    blocks: tuple[BlockId, ...] = ()
+    fresh: bool = False
+    sample: bool = False
+    index: int = -1
+    end_at: int = 0
+    gateway: NodeId = ""
+    sampling: Sampling | None = None
+
+
+class Step(Effect):
+    """Run the model once over all rows, or up to `steps` times when all rows decode.
+
+    Ends after the first iteration in which a row finished, `steps` is reached, or a `Cut` came.
+    """
+
+    id: StepId
+    rows: tuple[Row, ...]
+    steps: int = 1
+
+
+class Cut(Effect):
+    """End the running step after its current iteration: something waits that can join."""
+
+    step: StepId
+
+
+class Send(Effect):
+    """Ship KV of logical blocks [first_block, first_block + len(blocks)) of an attempt to `to`.
+
+    With `step` set, layer by layer while that step computes them; else at once. `last` closes the
+    transfer and carries `report`. No byte is read after `deadline`. Answered by one `SendOver`
+    after the last part, or after a failure or Release.
+    """
+
+    request_id: RequestId
+    attempt: int
+    to: WorkerId
+    first_block: int
+    blocks: tuple[BlockId, ...]
+    bytes: int
+    deadline: float
+    step: StepId | None = None
+    last: bool = False
+    report: PrefillReport | None = None
+
+
+class Fetch(Effect):
+    """Expect KV of logical blocks [first_block, first_block + len(blocks)) into `blocks`.
+
+    Answered by one `Received`. No byte is written after it, nor after `deadline`.
+    """
+
+    request_id: RequestId
+    attempt: int
+    source: WorkerId
+    first_block: int
+    blocks: tuple[BlockId, ...]
+    bytes: int
+    deadline: float
+    table: tuple[BlockId, ...] = ()
+
+
+class Release(Effect):
+    """Forget an attempt: its tokens, block table, and any transfer of it that still runs."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class Replicate(Effect):
+    """Copy cached blocks to a peer's cache."""
+
+    keys: tuple[BlockKey, ...]
+    to: WorkerId
+
+
+class SetRole(Effect):
+    role: Literal["prefill", "decode", "mixed"]
+
+
+class LoadAdapter(Effect):
+    adapter: str
+
+
+class SetPower(Effect):
+    watts: float
+
+
+class Timer(Effect):
+    """Wake the node with `Alarm(name)` at time `at`."""
+
+    name: str
+    at: float
+
+
+class Reply(Effect):
+    """Gateway to its client. `first`: output index of the first of `count` new tokens.
+
+    `end` closes the answer; `path` is the plan, known at the first byte.
+    """
+
+    request_id: RequestId
+    first: int
+    count: int
+    path: str = ""
+    end: EndReason | None = None
+
+
+class Refuse(Effect):
+    """Gateway to its client: an error instead of (the rest of) an answer."""
+
+    request_id: RequestId
+    status: int
+    reason: str
+    retry_after_s: float | None = None
+
+
+class Note(Effect):
+    """Something worth observing happened. Feeds metrics, traces, console and recordings."""
+
+    event: AnyEvent
+
+
+AnyEffect = (
+    Tell | Step | Cut | Send | Fetch | Release | Replicate | SetRole | LoadAdapter | SetPower
+    | Timer | Reply | Refuse | Note
+)  # fmt: skip
+
+
+def require(world: str, performs: Iterable[type[Effect]], needed: Iterable[type[Effect]]) -> None:
+    """Raises UnsupportedEffect naming what `world` cannot do, before anything starts."""
+    missing = sorted(e.__name__ for e in set(needed) - set(performs))
+    if missing:
+        raise UnsupportedEffect(
+            f"{world} cannot perform {', '.join(missing)}",
+            where=world,
+            next_step="leave out what needs it, or use a backend that can",
+        )

@@ -1,0 +1,119 @@
+"""What happened, for people and tools: one union behind metrics, traces, console and recordings.
+
+Tokens are not events. A feed gives each event a sequence number; events hold no text and no time of
+their own (the feed adds the node's `now`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvasir.core.ids import RequestId, WorkerId
+
+
+class Event(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
+    """Base of all."""
+
+
+class WorkerJoined(Event):
+    worker: WorkerId
+    incarnation: int
+    roles: tuple[str, ...]
+
+
+class WorkerLeft(Event):
+    worker: WorkerId
+    incarnation: int
+    reason: str
+
+
+class Queued(Event):
+    request_id: RequestId
+    depth: int
+
+
+class Routed(Event):
+    """A placement with its reason, and the estimate that it rests on."""
+
+    request_id: RequestId
+    attempt: int
+    path: str
+    prefill: WorkerId
+    decode: WorkerId
+    why: str
+    prefill_hit_blocks: int = 0
+    decode_hit_blocks: int = 0
+    transfer_estimate_s: float = 0.0
+
+
+class Rejected(Event):
+    request_id: RequestId
+    status: int
+    reason: str
+
+
+class Prefilled(Event):
+    worker: WorkerId
+    request_id: RequestId
+    queue_s: float
+    prefill_s: float
+    cached_tokens: int
+    computed_tokens: int
+
+
+class Shipped(Event):
+    request_id: RequestId
+    source: WorkerId
+    target: WorkerId
+    bytes: int
+    seconds: float
+    transport: str
+    tier: int = 0
+
+
+class TransferFailed(Event):
+    request_id: RequestId
+    worker: WorkerId
+    reason: str
+
+
+class Preempted(Event):
+    worker: WorkerId
+    request_id: RequestId
+    tokens: int
+
+
+class Recomputed(Event):
+    """Tokens whose KV existed and has to be made again. `reason`: preempted, or why it was lost."""
+
+    request_id: RequestId
+    tokens: int
+    reason: str
+
+
+class Retried(Event):
+    request_id: RequestId
+    attempt: int
+    reason: str
+
+
+class Closed(Event):
+    """The end of a request, at the gateway. Seconds on the gateway's clock."""
+
+    request_id: RequestId
+    model: str
+    path: str
+    reason: str
+    attempts: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    duration_s: float = 0.0
+
+
+AnyEvent = (
+    WorkerJoined | WorkerLeft | Queued | Routed | Rejected | Prefilled | Shipped | TransferFailed
+    | Preempted | Recomputed | Retried | Closed
+)  # fmt: skip

@@ -1,0 +1,427 @@
+"""What nodes say to one another, and what a world tells a node. Frozen, typed, small.
+
+    gateway  --Submit, Ended, GatewayBeat-------------------> conductor
+    gateway <--Placed, Lost, Declined------------------------ conductor
+    worker   --Hello, Accepted, Refused, PrefillDone, Load,
+               KvEvents, TransferReport, Finished-----------> conductor
+    worker  <--Welcome, Dispatch, Abort, Drain, KvResync----- conductor
+    gateway  --Prompt--> worker --Tokens, Done--> gateway
+    decode   --KvWant, KvGot--> prefill --KvGone--> decode
+
+There is one path of recovery: an attempt that went wrong anywhere is `Lost`, and the gateway, which
+holds prompt and emitted tokens, submits the next attempt. Nothing is retried below that.
+
+`Prompt` and `Tokens` carry token ids on the wire; the process that owns a node takes them off
+(`bare`) before the node sees the message, so nodes and journals hold lengths only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from kvasir.core.ids import BlockKey, Epoch, Incarnation, NodeId, RequestId, StepId, WorkerId
+from kvasir.core.request import Request
+
+WIRE_VERSION = 1
+
+Path = Literal["disaggregated", "aggregated"]
+Phase = Literal["prefill", "decode", "both"]
+EndReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
+
+
+class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
+    """Base of all; the tag on the wire is the class name."""
+
+
+# --- shared parts ---------------------------------------------------------------------------------
+
+
+class Location(msgspec.Struct, frozen=True, gc=False):
+    """Where an instance stands: global indices of its accelerators, in rank order."""
+
+    gpus: tuple[int, ...] = (0,)
+
+
+class Capacity(msgspec.Struct, frozen=True, gc=False):
+    kv_blocks: int
+    block_size: int
+    kv_token_bytes: int
+    batch_max: int
+    batch_tokens_max: int
+    context_max: int
+
+
+class PrefillReport(msgspec.Struct, frozen=True, gc=False):
+    """How prefill went, measured where it ran. Travels with the KV, so no clocks are compared."""
+
+    worker: WorkerId
+    queue_s: float
+    prefill_s: float
+    cached_tokens: int
+    computed_tokens: int
+
+
+class Report(msgspec.Struct, frozen=True, gc=False):
+    """The split of one attempt's time and bytes, complete at its end. Seconds, tokens, bytes."""
+
+    prefill: PrefillReport
+    decode_worker: WorkerId
+    transfer_s: float = 0.0
+    transfer_bytes: int = 0
+    transport: str = ""
+    decode_queue_s: float = 0.0
+    first_step_s: float = 0.0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+
+class Active(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One live attempt, as a beat lists it. `done` counts tokens: computed, or emitted."""
+
+    request_id: RequestId
+    attempt: int
+    done: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+# --- gateway and conductor ------------------------------------------------------------------------
+
+
+class Submit(Message):
+    """Ask for a place. `emitted` output tokens of earlier attempts count as prompt now."""
+
+    request: Request
+    attempt: int = 1
+    emitted: int = 0
+
+
+class Placed(Message):
+    """Where an attempt runs. `decode` is empty while it is still to be chosen (prefill_end)."""
+
+    request_id: RequestId
+    attempt: int
+    path: Path
+    prefill: WorkerId
+    decode: WorkerId = ""
+    why: str = ""
+
+
+class Lost(Message):
+    request_id: RequestId
+    attempt: int
+    reason: str
+
+
+class Declined(Message):
+    """The request will not be served. `status` is the HTTP status to answer with."""
+
+    request_id: RequestId
+    attempt: int
+    status: int
+    reason: str
+    retry_after_s: float | None = None
+
+
+class Ended(Message):
+    """The gateway's last word on a request; conductor and workers free everything."""
+
+    request_id: RequestId
+    attempt: int
+    reason: EndReason
+    usage: Usage
+    path: str = ""
+    ttft_s: float | None = None
+
+
+class GatewayBeat(Message):
+    gateway: NodeId
+    incarnation: Incarnation
+    active: tuple[Active, ...] = ()
+
+
+# --- worker protocol ------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    worker: WorkerId
+    incarnation: Incarnation
+    roles: tuple[str, ...]
+    model: str
+    fingerprint: str
+    capacity: Capacity
+    location: Location = Location()
+    hand_over: Literal["prefill_then_pull", "both_at_once", "through_store", "none"] = "both_at_once"
+    kv_layout: str = ""
+    pool: str = ""
+
+
+class Welcome(Message):
+    epoch: Epoch
+
+
+class Dispatch(Message):
+    """Do `phase` of an attempt. `source` holds the KV to fetch (decode); `target` will want it
+    (prefill, empty when still unknown). Prompt token ids come from the gateway by `Prompt`."""
+
+    epoch: Epoch
+    request: Request
+    attempt: int
+    emitted: int
+    phase: Phase
+    first_token: Literal["prefill", "decode"]
+    source: WorkerId = ""
+    target: WorkerId = ""
+
+    @property
+    def input_tokens(self) -> int:
+        return self.request.prompt_tokens + self.emitted
+
+    @property
+    def output_tokens_max(self) -> int:
+        return self.request.max_tokens - self.emitted
+
+
+class Accepted(Message):
+    worker: WorkerId
+    request_id: RequestId
+    attempt: int
+
+
+class Refused(Message):
+    """Before or during service: this worker will not go on with the attempt, and holds nothing."""
+
+    worker: WorkerId
+    request_id: RequestId
+    attempt: int
+    reason: str
+
+
+class PrefillDone(Message):
+    """KV of all input tokens stands in `worker`; `handle` is opaque to the conductor."""
+
+    worker: WorkerId
+    request_id: RequestId
+    attempt: int
+    report: PrefillReport
+    handle: str = ""
+
+
+class TransferReport(Message):
+    """Measured by the receiver. Feeds the network oracle and the byte counters."""
+
+    request_id: RequestId
+    attempt: int
+    source: WorkerId
+    target: WorkerId
+    bytes: int
+    seconds: float
+    transport: str
+
+
+class Finished(Message):
+    """The worker's part of the attempt is over and its blocks are free."""
+
+    worker: WorkerId
+    request_id: RequestId
+    attempt: int
+    reason: EndReason
+    output_tokens: int
+
+
+class Load(Message):
+    """The worker's beat: truth about its memory and queue. A field that is unknown is None."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    waiting: int
+    running: int
+    kv_blocks_free: int
+    iteration_s: float | None = None
+    active: tuple[Active, ...] = ()
+    leases: int = 0
+    quarantined: int = 0
+
+
+class KvEvents(Message):
+    """Blocks that appeared in or vanished from a worker's cache. `reset`: start from nothing."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    seq: int
+    added: tuple[BlockKey, ...] = ()
+    removed: tuple[BlockKey, ...] = ()
+    reset: bool = False
+
+
+class KvResync(Message):
+    epoch: Epoch
+
+
+class Abort(Message):
+    epoch: Epoch
+    request_id: RequestId
+    attempt: int
+    reason: str
+
+
+class Drain(Message):
+    epoch: Epoch
+
+
+# --- worker to worker, worker to gateway ----------------------------------------------------------
+
+
+class KvWant(Message):
+    """The decode side has room: send blocks `first_block` to the end of the input."""
+
+    request_id: RequestId
+    attempt: int
+    target: WorkerId
+    first_block: int
+
+
+class KvGot(Message):
+    request_id: RequestId
+    attempt: int
+    ok: bool
+
+
+class KvGone(Message):
+    request_id: RequestId
+    attempt: int
+    reason: str
+
+
+class Prompt(Message):
+    """Prompt and emitted tokens for an attempt; `tokens` is little-endian uint32, `count` of them."""
+
+    request_id: RequestId
+    attempt: int
+    count: int
+    tokens: bytes = b""
+
+
+class Tokens(Message):
+    """`count` output tokens from position `index` of the request's output. Straight to the gateway."""
+
+    request_id: RequestId
+    attempt: int
+    index: int
+    count: int
+    tokens: bytes = b""
+
+
+class Done(Message):
+    """After the last `Tokens` of an attempt: `output_tokens` in all, over all attempts."""
+
+    request_id: RequestId
+    attempt: int
+    reason: EndReason
+    output_tokens: int
+    report: Report
+
+
+# --- from the world to its own node ---------------------------------------------------------------
+
+
+class Start(Message):
+    """First input of every node: the world is ready."""
+
+
+class Alarm(Message):
+    """A `Timer` came due."""
+
+    name: str
+
+
+class Arrive(Message):
+    """A client's request, counted and keyed."""
+
+    request: Request
+
+
+class Hangup(Message):
+    """The client is gone, or the gateway has all that it needs (`stop`: a stop string matched)."""
+
+    request_id: RequestId
+    reason: EndReason = "cancelled"
+
+
+class RowDone(msgspec.Struct, frozen=True, gc=False):
+    """One row of a step: `sampled` tokens were drawn; `end` says why the row is over, if it is.
+
+    `keys` name blocks that became full with generated tokens (none in simulation of traces).
+    """
+
+    request_id: RequestId
+    attempt: int
+    sampled: int
+    end: Literal["", "stop", "length"] = ""
+    keys: tuple[BlockKey, ...] = ()
+
+
+class StepDone(Message):
+    """`rows` in the order of the Step's rows."""
+
+    step: StepId
+    steps_done: int
+    rows: tuple[RowDone, ...]
+
+
+class Received(Message):
+    """An inbound transfer is over, for better or worse: its memory is no longer written to."""
+
+    request_id: RequestId
+    attempt: int
+    ok: bool
+    bytes: int = 0
+    seconds: float = 0.0
+    transport: str = ""
+    reason: str = ""
+    report: PrefillReport | None = None
+
+
+class SendOver(Message):
+    """An outbound transfer is over, for better or worse: its memory is no longer read."""
+
+    request_id: RequestId
+    attempt: int
+    ok: bool
+
+
+class WorkerGone(Message):
+    """The launcher saw the process end. Heartbeats find it too, later."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    reason: str
+
+
+class NetReading(Message):
+    """Switch counters by tier: utilisation in [0, 1] over the last window."""
+
+    measured_at: float
+    utilisation: tuple[float, ...]
+
+
+AnyMessage = (
+    Submit | Placed | Lost | Declined | Ended | GatewayBeat
+    | Hello | Welcome | Dispatch | Accepted | Refused | PrefillDone | TransferReport | Finished
+    | Load | KvEvents | KvResync | Abort | Drain
+    | KvWant | KvGot | KvGone | Prompt | Tokens | Done
+    | Start | Alarm | Arrive | Hangup | StepDone | Received | SendOver | WorkerGone | NetReading
+)  # fmt: skip
+
+
+def bare(message: AnyMessage) -> AnyMessage:
+    """The message as a node may see it: without token ids."""
+    if isinstance(message, (Prompt, Tokens)):
+        return msgspec.structs.replace(message, tokens=b"")
+    return message

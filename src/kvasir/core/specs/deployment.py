@@ -1,0 +1,181 @@
+"""`kvasir.yaml`: models, hardware, topology, pools, policy, slo, transport, limits, workload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kvasir.core.errors import ConfigError, nearest
+from kvasir.core.specs.base import Spec
+from kvasir.core.specs.hardware import HARDWARE, HardwareSpec
+from kvasir.core.specs.model import ModelShape
+from kvasir.core.specs.slo import SloSpec
+from kvasir.core.specs.topology import TopologySpec
+from kvasir.core.specs.workload import WorkloadSpec
+
+Role = Literal["prefill", "decode", "mixed"]
+
+
+class ModelSpec(Spec):
+    """A served model. `shape` names a bundled shape or gives one; `path` is a HuggingFace folder."""
+
+    name: str
+    path: str | None = None
+    shape: str | ModelShape | None = None
+    version: str = ""
+    max_context: int | None = Field(default=None, gt=0)
+
+
+class FittedCost(Spec):
+    """Step time from measured constants, seconds.
+
+    step = overhead + per_token * new tokens + per_attention * sum(new * context)
+           + per_context * sum(context of decode rows)
+    """
+
+    overhead_s: float = Field(default=0.002, ge=0)
+    per_token_s: float = Field(default=20e-6, ge=0)
+    per_attention_s: float = Field(default=0.0, ge=0)
+    per_context_s: float = Field(default=0.0, ge=0)
+
+
+class PoolSpec(Spec):
+    """`count` equal instances of `tp` x `pp` accelerators. `racks` limits where they may stand."""
+
+    name: str
+    role: Role
+    count: int = Field(gt=0)
+    model: str = ""
+    hardware: str = "h100"
+    tp: int = Field(default=1, gt=0)
+    pp: int = Field(default=1, gt=0)
+    racks: tuple[int, ...] | None = None
+    batch_max: int = Field(default=256, gt=0)
+    batch_tokens_max: int = Field(default=8192, gt=0)
+    waiting_max: int = Field(default=4096, gt=0)
+    kv_blocks: int | None = Field(default=None, gt=0)
+    memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    cost: FittedCost | None = None
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp
+
+    def worker_ids(self) -> Iterator[str]:
+        return (f"{self.name}-{i}" for i in range(self.count))
+
+
+class RouteSpec(Spec):
+    """Which worker. Weights and switches of the route policies; a policy uses those it knows."""
+
+    name: str = "netkv"
+    cache_weight: float = Field(default=1.0, ge=0)
+    load_weight: float = Field(default=1.0, ge=0)
+    oracle: Literal["static", "self", "tier"] = "tier"
+    cost: Literal["serial", "overlap", "streamed"] = "serial"
+    decode_choice: Literal["arrival", "prefill_end"] = "arrival"
+    local_prefill_tokens: int = Field(default=0, ge=0)
+    output_reserve_tokens: int = Field(default=512, ge=0)
+
+
+class BatchSpec(Spec):
+    """How a worker fills a step. `chunk_tokens` caps one prompt's share of it."""
+
+    name: str = "token_budget"
+    chunk_tokens: int = Field(default=8192, gt=0)
+    steps_max: int = Field(default=64, gt=0)
+
+
+class PolicySpec(Spec):
+    route: RouteSpec = RouteSpec()
+    batch: BatchSpec = BatchSpec()
+    admit: str = "bounded"
+    evict: str = "lru"
+
+
+class TransportSpec(Spec):
+    """How KV bytes travel. `bytes_per_s_max` throttles each sender (None: not at all)."""
+
+    kind: Literal["shm", "tcp"] = "shm"
+    bytes_per_s_max: float | None = Field(default=None, gt=0)
+    frame_bytes_max: int = Field(default=4 * 1024 * 1024, gt=0)
+
+
+class LimitsSpec(Spec):
+    """Every queue, wait and retry has its bound here. Seconds unless the name says otherwise."""
+
+    queue_max: int = Field(default=4096, gt=0)
+    attempts_max: int = Field(default=8, gt=0)
+    beat_s: float = Field(default=1.0, gt=0)
+    dead_after_s: float = Field(default=5.0, gt=0)
+    grace_s: float = Field(default=3.0, gt=0)
+    prompt_wait_s: float = Field(default=10.0, gt=0)
+    kv_wait_s: float = Field(default=120.0, gt=0)
+    lease_s: float = Field(default=120.0, gt=0)
+    queue_wait_s: float = Field(default=600.0, gt=0)
+    body_bytes_max: int = Field(default=8 * 1024 * 1024, gt=0)
+    message_bytes_max: int = Field(default=64 * 1024 * 1024, gt=0)
+
+
+class Deployment(Spec):
+    """One file for everything. Validated whole before anything starts, then frozen."""
+
+    name: str = "deployment"
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    hardware: tuple[HardwareSpec, ...] = ()
+    topology: TopologySpec = TopologySpec()
+    pools: tuple[PoolSpec, ...] = Field(min_length=1)
+    policy: PolicySpec = PolicySpec()
+    slo: SloSpec = SloSpec()
+    transport: TransportSpec = TransportSpec()
+    limits: LimitsSpec = LimitsSpec()
+    workload: WorkloadSpec = WorkloadSpec()
+    engine: Literal["torch", "fake"] = "torch"
+    block_size: int = Field(default=16, gt=0)
+    first_token: Literal["prefill", "decode"] = "prefill"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Deployment:
+        names = [p.name for p in self.pools]
+        if len(set(names)) != len(names):
+            raise ValueError(f"pools: the names {names} are not distinct")
+        for pool in self.pools:
+            self.hardware_of(pool)
+            self.model_of(pool)
+        roles = {p.role for p in self.pools}
+        if roles == {"prefill"} or roles == {"decode"}:
+            raise ValueError(f"pools: only {roles.pop()} workers; add the other role, or use mixed")
+        return self
+
+    def hardware_of(self, pool: PoolSpec) -> HardwareSpec:
+        own = {h.name: h for h in self.hardware}
+        found = own.get(pool.hardware) or HARDWARE.get(pool.hardware)
+        if found is None:
+            near = nearest(pool.hardware, [*own, *HARDWARE])
+            raise ValueError(f"pools.{pool.name}: hardware {pool.hardware!r} unknown; nearest: {near}")
+        return found
+
+    def model_of(self, pool: PoolSpec) -> ModelSpec:
+        """The pool's model; the first one when the pool names none."""
+        if not pool.model:
+            return self.models[0]
+        for model in self.models:
+            if model.name == pool.model:
+                return model
+        near = nearest(pool.model, [m.name for m in self.models])
+        raise ValueError(f"pools.{pool.name}: model {pool.model!r} unknown; nearest: {near}")
+
+    def pool_of(self, worker: str) -> PoolSpec:
+        for pool in self.pools:
+            if worker in pool.worker_ids():
+                return pool
+        raise ConfigError(
+            f"no pool has a worker {worker!r}",
+            nearest=nearest(worker, [w for p in self.pools for w in p.worker_ids()]),
+        )
+
+    def worker_ids(self) -> list[str]:
+        return [w for pool in self.pools for w in pool.worker_ids()]
