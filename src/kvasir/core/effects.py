@@ -21,7 +21,7 @@ class Effect(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True
     """Base of all; the tag in a journal is the class name."""
 
 
-class Tell(Effect):
+class Tell(Effect, frozen=True):
     """Send a message to a node. It may be lost or late; it is not retried."""
 
     to: NodeId
@@ -50,7 +50,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     sampling: Sampling | None = None
 
 
-class Step(Effect):
+class Step(Effect, frozen=True):
     """Run the model once over all rows, or up to `steps` times when all rows decode.
 
     Ends after the first iteration in which a row finished, `steps` is reached, or a `Cut` came.
@@ -61,13 +61,13 @@ class Step(Effect):
     steps: int = 1
 
 
-class Cut(Effect):
+class Cut(Effect, frozen=True):
     """End the running step after its current iteration: something waits that can join."""
 
     step: StepId
 
 
-class Send(Effect):
+class Send(Effect, frozen=True):
     """Ship KV of logical blocks [first_block, first_block + len(blocks)) of an attempt to `to`.
 
     With `step` set, layer by layer while that step computes them; else at once. `last` closes the
@@ -87,7 +87,7 @@ class Send(Effect):
     report: PrefillReport | None = None
 
 
-class Fetch(Effect):
+class Fetch(Effect, frozen=True):
     """Expect KV of logical blocks [first_block, first_block + len(blocks)) into `blocks`.
 
     Answered by one `Received`. No byte is written after it, nor after `deadline`.
@@ -103,40 +103,40 @@ class Fetch(Effect):
     table: tuple[BlockId, ...] = ()
 
 
-class Release(Effect):
+class Release(Effect, frozen=True):
     """Forget an attempt: its tokens, block table, and any transfer of it that still runs."""
 
     request_id: RequestId
     attempt: int
 
 
-class Replicate(Effect):
+class Replicate(Effect, frozen=True):
     """Copy cached blocks to a peer's cache."""
 
     keys: tuple[BlockKey, ...]
     to: WorkerId
 
 
-class SetRole(Effect):
+class SetRole(Effect, frozen=True):
     role: Literal["prefill", "decode", "mixed"]
 
 
-class LoadAdapter(Effect):
+class LoadAdapter(Effect, frozen=True):
     adapter: str
 
 
-class SetPower(Effect):
+class SetPower(Effect, frozen=True):
     watts: float
 
 
-class Timer(Effect):
+class Timer(Effect, frozen=True):
     """Wake the node with `Alarm(name)` at time `at`."""
 
     name: str
     at: float
 
 
-class Reply(Effect):
+class Reply(Effect, frozen=True):
     """Gateway to its client. `first`: output index of the first of `count` new tokens.
 
     `end` closes the answer; `path` is the plan, known at the first byte.
@@ -149,7 +149,7 @@ class Reply(Effect):
     end: EndReason | None = None
 
 
-class Refuse(Effect):
+class Refuse(Effect, frozen=True):
     """Gateway to its client: an error instead of (the rest of) an answer."""
 
     request_id: RequestId
@@ -158,7 +158,7 @@ class Refuse(Effect):
     retry_after_s: float | None = None
 
 
-class Note(Effect):
+class Note(Effect, frozen=True):
     """Something worth observing happened. Feeds metrics, traces, console and recordings."""
 
     event: AnyEvent

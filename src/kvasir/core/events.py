@@ -15,24 +15,24 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True)
     """Base of all."""
 
 
-class WorkerJoined(Event):
+class WorkerJoined(Event, frozen=True):
     worker: WorkerId
     incarnation: int
     roles: tuple[str, ...]
 
 
-class WorkerLeft(Event):
+class WorkerLeft(Event, frozen=True):
     worker: WorkerId
     incarnation: int
     reason: str
 
 
-class Queued(Event):
+class Queued(Event, frozen=True):
     request_id: RequestId
     depth: int
 
 
-class Routed(Event):
+class Routed(Event, frozen=True):
     """A placement with its reason, and the estimate that it rests on."""
 
     request_id: RequestId
@@ -46,13 +46,13 @@ class Routed(Event):
     transfer_estimate_s: float = 0.0
 
 
-class Rejected(Event):
+class Rejected(Event, frozen=True):
     request_id: RequestId
     status: int
     reason: str
 
 
-class Prefilled(Event):
+class Prefilled(Event, frozen=True):
     worker: WorkerId
     request_id: RequestId
     queue_s: float
@@ -61,7 +61,7 @@ class Prefilled(Event):
     computed_tokens: int
 
 
-class Shipped(Event):
+class Shipped(Event, frozen=True):
     request_id: RequestId
     source: WorkerId
     target: WorkerId
@@ -71,19 +71,19 @@ class Shipped(Event):
     tier: int = 0
 
 
-class TransferFailed(Event):
+class TransferFailed(Event, frozen=True):
     request_id: RequestId
     worker: WorkerId
     reason: str
 
 
-class Preempted(Event):
+class Preempted(Event, frozen=True):
     worker: WorkerId
     request_id: RequestId
     tokens: int
 
 
-class Recomputed(Event):
+class Recomputed(Event, frozen=True):
     """Tokens whose KV existed and has to be made again. `reason`: preempted, or why it was lost."""
 
     request_id: RequestId
@@ -91,13 +91,13 @@ class Recomputed(Event):
     reason: str
 
 
-class Retried(Event):
+class Retried(Event, frozen=True):
     request_id: RequestId
     attempt: int
     reason: str
 
 
-class Closed(Event):
+class Closed(Event, frozen=True):
     """The end of a request, at the gateway. Seconds on the gateway's clock."""
 
     request_id: RequestId

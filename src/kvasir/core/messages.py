@@ -6,7 +6,7 @@
                KvEvents, TransferReport, Finished-----------> conductor
     worker  <--Welcome, Dispatch, Abort, Drain, KvResync----- conductor
     gateway  --Prompt--> worker --Tokens, Done--> gateway
-    decode   --KvWant, KvGot--> prefill --KvGone--> decode
+    decode   --KvWant--> prefill --KvGone--> decode
 
 There is one path of recovery: an attempt that went wrong anywhere is `Lost`, and the gateway, which
 holds prompt and emitted tokens, submits the next attempt. Nothing is retried below that.
@@ -94,7 +94,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 # --- gateway and conductor ------------------------------------------------------------------------
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """Ask for a place. `emitted` output tokens of earlier attempts count as prompt now."""
 
     request: Request
@@ -102,7 +102,7 @@ class Submit(Message):
     emitted: int = 0
 
 
-class Placed(Message):
+class Placed(Message, frozen=True):
     """Where an attempt runs. `decode` is empty while it is still to be chosen (prefill_end)."""
 
     request_id: RequestId
@@ -113,13 +113,13 @@ class Placed(Message):
     why: str = ""
 
 
-class Lost(Message):
+class Lost(Message, frozen=True):
     request_id: RequestId
     attempt: int
     reason: str
 
 
-class Declined(Message):
+class Declined(Message, frozen=True):
     """The request will not be served. `status` is the HTTP status to answer with."""
 
     request_id: RequestId
@@ -129,7 +129,7 @@ class Declined(Message):
     retry_after_s: float | None = None
 
 
-class Ended(Message):
+class Ended(Message, frozen=True):
     """The gateway's last word on a request; conductor and workers free everything."""
 
     request_id: RequestId
@@ -140,7 +140,7 @@ class Ended(Message):
     ttft_s: float | None = None
 
 
-class GatewayBeat(Message):
+class GatewayBeat(Message, frozen=True):
     gateway: NodeId
     incarnation: Incarnation
     active: tuple[Active, ...] = ()
@@ -149,7 +149,7 @@ class GatewayBeat(Message):
 # --- worker protocol ------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     worker: WorkerId
     incarnation: Incarnation
     roles: tuple[str, ...]
@@ -162,11 +162,14 @@ class Hello(Message):
     pool: str = ""
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
+    """`again`: the conductor does not know this incarnation; say Hello and tell all blocks."""
+
     epoch: Epoch
+    again: bool = False
 
 
-class Dispatch(Message):
+class Dispatch(Message, frozen=True):
     """Do `phase` of an attempt. `source` holds the KV to fetch (decode); `target` will want it
     (prefill, empty when still unknown). Prompt token ids come from the gateway by `Prompt`."""
 
@@ -188,13 +191,13 @@ class Dispatch(Message):
         return self.request.max_tokens - self.emitted
 
 
-class Accepted(Message):
+class Accepted(Message, frozen=True):
     worker: WorkerId
     request_id: RequestId
     attempt: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """Before or during service: this worker will not go on with the attempt, and holds nothing."""
 
     worker: WorkerId
@@ -203,7 +206,7 @@ class Refused(Message):
     reason: str
 
 
-class PrefillDone(Message):
+class PrefillDone(Message, frozen=True):
     """KV of all input tokens stands in `worker`; `handle` is opaque to the conductor."""
 
     worker: WorkerId
@@ -213,7 +216,7 @@ class PrefillDone(Message):
     handle: str = ""
 
 
-class TransferReport(Message):
+class TransferReport(Message, frozen=True):
     """Measured by the receiver. Feeds the network oracle and the byte counters."""
 
     request_id: RequestId
@@ -225,17 +228,19 @@ class TransferReport(Message):
     transport: str
 
 
-class Finished(Message):
-    """The worker's part of the attempt is over and its blocks are free."""
+class Finished(Message, frozen=True):
+    """The worker's part of the attempt is over. Kept until the gateway's `Ended`, in case `Done`
+    was lost."""
 
     worker: WorkerId
     request_id: RequestId
     attempt: int
     reason: EndReason
     output_tokens: int
+    report: Report
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """The worker's beat: truth about its memory and queue. A field that is unknown is None."""
 
     worker: WorkerId
@@ -249,7 +254,7 @@ class Load(Message):
     quarantined: int = 0
 
 
-class KvEvents(Message):
+class KvEvents(Message, frozen=True):
     """Blocks that appeared in or vanished from a worker's cache. `reset`: start from nothing."""
 
     worker: WorkerId
@@ -260,25 +265,25 @@ class KvEvents(Message):
     reset: bool = False
 
 
-class KvResync(Message):
+class KvResync(Message, frozen=True):
     epoch: Epoch
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     epoch: Epoch
     request_id: RequestId
     attempt: int
     reason: str
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     epoch: Epoch
 
 
 # --- worker to worker, worker to gateway ----------------------------------------------------------
 
 
-class KvWant(Message):
+class KvWant(Message, frozen=True):
     """The decode side has room: send blocks `first_block` to the end of the input."""
 
     request_id: RequestId
@@ -287,19 +292,13 @@ class KvWant(Message):
     first_block: int
 
 
-class KvGot(Message):
-    request_id: RequestId
-    attempt: int
-    ok: bool
-
-
-class KvGone(Message):
+class KvGone(Message, frozen=True):
     request_id: RequestId
     attempt: int
     reason: str
 
 
-class Prompt(Message):
+class Prompt(Message, frozen=True):
     """Prompt and emitted tokens for an attempt; `tokens` is little-endian uint32, `count` of them."""
 
     request_id: RequestId
@@ -308,7 +307,7 @@ class Prompt(Message):
     tokens: bytes = b""
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True):
     """`count` output tokens from position `index` of the request's output. Straight to the gateway."""
 
     request_id: RequestId
@@ -318,7 +317,7 @@ class Tokens(Message):
     tokens: bytes = b""
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """After the last `Tokens` of an attempt: `output_tokens` in all, over all attempts."""
 
     request_id: RequestId
@@ -331,23 +330,23 @@ class Done(Message):
 # --- from the world to its own node ---------------------------------------------------------------
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """First input of every node: the world is ready."""
 
 
-class Alarm(Message):
+class Alarm(Message, frozen=True):
     """A `Timer` came due."""
 
     name: str
 
 
-class Arrive(Message):
+class Arrive(Message, frozen=True):
     """A client's request, counted and keyed."""
 
     request: Request
 
 
-class Hangup(Message):
+class Hangup(Message, frozen=True):
     """The client is gone, or the gateway has all that it needs (`stop`: a stop string matched)."""
 
     request_id: RequestId
@@ -367,7 +366,7 @@ class RowDone(msgspec.Struct, frozen=True, gc=False):
     keys: tuple[BlockKey, ...] = ()
 
 
-class StepDone(Message):
+class StepDone(Message, frozen=True):
     """`rows` in the order of the Step's rows."""
 
     step: StepId
@@ -375,7 +374,7 @@ class StepDone(Message):
     rows: tuple[RowDone, ...]
 
 
-class Received(Message):
+class Received(Message, frozen=True):
     """An inbound transfer is over, for better or worse: its memory is no longer written to."""
 
     request_id: RequestId
@@ -388,7 +387,7 @@ class Received(Message):
     report: PrefillReport | None = None
 
 
-class SendOver(Message):
+class SendOver(Message, frozen=True):
     """An outbound transfer is over, for better or worse: its memory is no longer read."""
 
     request_id: RequestId
@@ -396,7 +395,7 @@ class SendOver(Message):
     ok: bool
 
 
-class WorkerGone(Message):
+class WorkerGone(Message, frozen=True):
     """The launcher saw the process end. Heartbeats find it too, later."""
 
     worker: WorkerId
@@ -404,7 +403,7 @@ class WorkerGone(Message):
     reason: str
 
 
-class NetReading(Message):
+class NetReading(Message, frozen=True):
     """Switch counters by tier: utilisation in [0, 1] over the last window."""
 
     measured_at: float
@@ -415,7 +414,7 @@ AnyMessage = (
     Submit | Placed | Lost | Declined | Ended | GatewayBeat
     | Hello | Welcome | Dispatch | Accepted | Refused | PrefillDone | TransferReport | Finished
     | Load | KvEvents | KvResync | Abort | Drain
-    | KvWant | KvGot | KvGone | Prompt | Tokens | Done
+    | KvWant | KvGone | Prompt | Tokens | Done
     | Start | Alarm | Arrive | Hangup | StepDone | Received | SendOver | WorkerGone | NetReading
 )  # fmt: skip
 

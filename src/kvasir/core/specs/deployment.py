@@ -85,7 +85,7 @@ class BatchSpec(Spec):
 
     name: str = "token_budget"
     chunk_tokens: int = Field(default=8192, gt=0)
-    steps_max: int = Field(default=64, gt=0)
+    steps_max: int = Field(default=256, gt=0)
 
 
 class PolicySpec(Spec):

@@ -1,0 +1,1 @@
+"""What computing takes: seconds of a step, memory of a model, shapes of known models."""

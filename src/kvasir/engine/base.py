@@ -1,0 +1,147 @@
+"""The seam between a worker and its compute. Knows steps, blocks and tokens; must not know who
+scheduled them, what time it is, or where the bytes travel.
+
+A runner holds no queue and decides nothing. One thread owns it: every method is called on that
+thread, and `step` calls its hooks there. The cache is a fixed array of blocks; who holds which of
+them is the caller's business, and a runner writes only into blocks that a row's table names.
+
+    position   0 .. 15   16 .. 31   32 .. 47          block_size 16
+    table     [   7    ,    8     ,    3    ]          the attempt's blocks, in logical order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from kvasir.core.effects import Step
+from kvasir.core.ids import BlockId, NodeId, RequestId
+from kvasir.core.messages import RowDone
+from kvasir.core.specs import LayerSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Plane = NDArray[np.uint8]
+
+End = Literal["", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSpec:
+    """What a runner is, fixed at its start.
+
+    `kv_token_bytes`: over all layers and planes. `vocab`: token ids are in [0, vocab).
+    `context_max`: positions are in [0, context_max). `fingerprint`: names config, weights and
+    dtype; equal in every process that loads the same, and different wherever KV would differ.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    block_size: int
+    blocks_count: int
+    kv_token_bytes: int
+    vocab: int
+    context_max: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+
+
+class Sampled(msgspec.Struct, frozen=True, gc=False):
+    """One drawn token: output token `index` of its request, due at `gateway`."""
+
+    request_id: RequestId
+    attempt: int
+    index: int
+    token: int
+    gateway: NodeId
+    end: End
+
+
+class StepResult(NamedTuple):
+    """`steps_done` iterations ran; `rows` are in the order of the Step's rows."""
+
+    steps_done: int
+    rows: tuple[RowDone, ...]
+
+
+class StepHooks(Protocol):
+    """What a step tells while it runs, on the step's own thread. Must return fast."""
+
+    def layer_done(self, layer: int) -> None:
+        """KV of every row's new positions stands in the cache for `layer` (0 first, all in order).
+
+        Called in the first iteration of each step, the only one that can hold prefill rows, while
+        later layers have yet to compute: what a sender needs to ship KV layer by layer.
+        """
+
+    def sampled(self, batch: Sequence[Sampled]) -> None:
+        """Once after each iteration, with the tokens it drew (none when no row samples)."""
+
+    def cut(self) -> bool:
+        """Asked between two iterations: True ends the step here."""
+
+
+class Runner(Protocol):
+    """Computes steps over a paged cache.
+
+    An *attempt* is (request_id, attempt). It has a token list (prompt, then output) and a block
+    table. It comes into being with the first of `open`, `append`, `adopt` that names it, and must
+    be open before a step names it. Breaking an order or a bound given here is an assertion.
+    """
+
+    @property
+    def spec(self) -> RunnerSpec: ...
+
+    def open(
+        self,
+        request_id: RequestId,
+        attempt: int,
+        tokens: Sequence[int],
+        keys_count: int,
+        salt: bytes,
+    ) -> None:
+        """Give prompt and already emitted tokens, once. They precede any token appended before.
+
+        The first `keys_count` blocks have keys that the scheduler knows (the prompt's full blocks);
+        keys of later blocks are derived with `salt` (core.keys) and reported by `RowDone.keys`.
+        """
+
+    def append(self, request_id: RequestId, attempt: int, token: int) -> None:
+        """Add an output token that was sampled elsewhere."""
+
+    def adopt(self, request_id: RequestId, attempt: int, table: Sequence[BlockId]) -> None:
+        """Replace the block table: blocks of an inbound transfer, or prefix hits."""
+
+    def step(self, step: Step, hooks: StepHooks) -> StepResult:
+        """Run one Step. Each row names a different, open attempt.
+
+        First each row's `blocks` join its table (`fresh`: become its table). An iteration then
+        computes KV of positions [start, start + count) from the attempt's tokens; whatever its
+        blocks hold before `start` is taken as valid KV. A row with `sample` draws the token after
+        its last position, which must be the last one known, and appends it.
+
+        `steps` > 1 needs rows with count 1 and `sample`, with blocks for all iterations; each
+        iteration then moves start and index on by one. The step ends after the first iteration in
+        which a row ended, `steps` is reached, or `cut` said so. A row ends with "stop" when its
+        token is in `stop_token_ids` or is EOS (unless `ignore_eos`), else with "length" when
+        index + 1 >= end_at.
+
+        `RowDone.keys` names the blocks beyond the first `keys_count` that this step filled to the
+        end. Sampled text depends on (seed, index) and the tokens before, not on batch neighbours,
+        chunks or resumption; without a seed, on the request id in its stead.
+        """
+
+    def close(self, request_id: RequestId, attempt: int) -> None:
+        """Forget an attempt. Unknown ones are no error."""
+
+    def planes(self) -> list[list[Plane]]:
+        """The cache memory itself, per layer and plane (K, then V).
+
+        Each is a writable uint8 view of shape [blocks_count, block_size * bytes per token of that
+        plane], the same memory on every call. Not to be touched by another thread for blocks that
+        a running step writes.
+        """

@@ -1,0 +1,183 @@
+"""A runner without a model, for tests, demos and load tests. Knows hashing; must not know torch.
+
+KV of position i is an 8-byte hash of tokens[0..i], continued from the KV of position i - 1 and
+written into real memory: two layers of K and V, told apart by a constant. The next token is a hash
+of *all* KV bytes before it and of its index. So a block that was not transferred, came damaged, or
+stands in the wrong place of a table gives wrong tokens, as it would with a model.
+
+    h(i)     = h(i-1) * M + (token(i) + 1) * C      mod 2^64, h(-1) = 0
+    kv(p, i) = h(i) ^ salt(p)                       plane p = 2 * layer + (0 for K, 1 for V)
+    next     = mix(sum over p, i of kv(p, i) * (2 i + 1)  +  index * G)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kvasir.core.effects import Row
+from kvasir.core.specs import LayerSpec
+from kvasir.engine.base import RunnerSpec
+from kvasir.engine.steps import AttemptRunner, BlockTable, Work
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvasir.engine.base import Plane
+
+    Words = NDArray[np.uint64]
+
+LAYERS: Final = 2
+PLANES: Final = 2 * LAYERS
+WORD_BYTES: Final = 8
+KV_TOKEN_BYTES: Final = PLANES * WORD_BYTES
+BITS: Final = (1 << 64) - 1
+M: Final = 0x9E3779B97F4A7C15  # odd, hence with an inverse mod 2^64
+C: Final = 0xC2B2AE3D27D4EB4F
+G: Final = 0xD6E8FEB86659FD93
+SALTS: Final = (0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89)
+
+Seconds = Callable[[Sequence[Row], int], float]
+
+
+def no_time(rows: Sequence[Row], iteration: int) -> float:
+    """A cost model under which everything is free."""
+    return 0.0
+
+
+class FakeRunner(AttemptRunner):
+    """A `Runner` (engine.base) whose tokens `fake_tokens` foretells.
+
+    Tokens are drawn from [0, vocab) without `eos_token_ids`, unless `draw_eos`. `seconds(rows,
+    iteration)` is how long an iteration takes; `sleep` waits that long, half of it before each
+    layer. Sampling values other than stop ids are ignored.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks_count: int,
+        block_size: int = 16,
+        vocab: int = 256,
+        context_max: int = 131072,
+        eos_token_ids: Sequence[int] = (),
+        draw_eos: bool = False,
+        seconds: Seconds = no_time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        layer = LayerSpec(kv_heads=1, head_dim=WORD_BYTES, dtype="int8")
+        name = f"fake:{vocab}:{sorted(eos_token_ids)}:{draw_eos}"
+        super().__init__(
+            RunnerSpec(
+                layers=(layer,) * LAYERS,
+                block_size=block_size,
+                blocks_count=blocks_count,
+                kv_token_bytes=KV_TOKEN_BYTES,
+                vocab=vocab,
+                context_max=context_max,
+                eos_token_ids=tuple(eos_token_ids),
+                fingerprint=hashlib.blake2b(name.encode(), digest_size=16).hexdigest(),
+            )
+        )
+        self._drawn = _drawn(vocab, eos_token_ids, draw_eos)
+        self._seconds, self._sleep = seconds, sleep
+        self._words: Words = np.zeros((PLANES, blocks_count * block_size), dtype=np.uint64)
+
+    def planes(self) -> list[list[Plane]]:
+        """Per layer K and V, uint8 [blocks, 8 * block_size]: views, not copies."""
+        planes = self._words.view(np.uint8).reshape(PLANES, self.spec.blocks_count, -1)
+        return [[planes[2 * layer], planes[2 * layer + 1]] for layer in range(LAYERS)]
+
+    def _compute(
+        self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
+    ) -> list[int]:
+        seconds = self._seconds([work.row for work in works], iteration) / LAYERS
+        for layer in range(LAYERS):
+            if seconds > 0:
+                self._sleep(seconds)
+            for work in works:
+                self._write(layer, work)
+            layer_done(layer)
+        return [self._next(work) for work in works if work.row.sample]
+
+    def _write(self, layer: int, work: Work) -> None:
+        slots = self._slots(work.attempt.table, work.end)
+        tokens = np.array(work.new_tokens, dtype=np.uint64)
+        for plane in (2 * layer, 2 * layer + 1):
+            salt = np.uint64(SALTS[plane])
+            words = self._words[plane]
+            before = words[slots[work.start - 1]] ^ salt if work.start else np.uint64(0)
+            words[slots[work.start :]] = running_hash(before, tokens) ^ salt
+
+    def _next(self, work: Work) -> int:
+        seen = self._words[:, self._slots(work.attempt.table, work.end)]
+        weights = np.arange(1, 2 * work.end, 2, dtype=np.uint64)
+        total = int((seen * weights).sum(dtype=np.uint64))
+        return self._drawn[_mix(total, work.index) % len(self._drawn)]
+
+    def _slots(self, table: BlockTable, end: int) -> NDArray[np.intp]:
+        """Cache slots of positions [0, end)."""
+        size = self.spec.block_size
+        first = np.array(table.blocks[: -(-end // size)], dtype=np.intp) * size
+        return (first[:, None] + np.arange(size)).reshape(-1)[:end]
+
+
+def running_hash(before: np.uint64, tokens: Words) -> Words:
+    """h of each token, given h before the first one. The recurrence, solved for numpy:
+
+    h(j) = M^j * (before + sum over i <= j of (token(i) + 1) * C * M^-i), all mod 2^64.
+    """
+    count = len(tokens)
+    up = np.cumprod(np.full(count, M, dtype=np.uint64))
+    down = np.cumprod(np.full(count, pow(M, -1, BITS + 1), dtype=np.uint64))
+    terms: Words = (tokens + np.uint64(1)) * np.uint64(C) * down
+    hashes: Words = np.cumsum(terms, dtype=np.uint64)
+    hashes += before
+    hashes *= up
+    return hashes
+
+
+def fake_tokens(
+    prompt_tokens: Sequence[int],
+    n: int,
+    *,
+    index: int = 0,
+    vocab: int = 256,
+    eos_token_ids: Sequence[int] = (),
+    draw_eos: bool = False,
+) -> list[int]:
+    """The `n` tokens that a FakeRunner of the same values gives after `prompt_tokens`.
+
+    `index` is the output index of the first of them: the number of output tokens that stand at the
+    end of `prompt_tokens` already. EOS does not end it. Pure; written out without numpy, so that it
+    does not share a mistake with the runner.
+    """
+    drawn = _drawn(vocab, eos_token_ids, draw_eos)
+    out: list[int] = []
+    running = total = 0
+    known = list(prompt_tokens)
+    position = 0
+    while len(out) < n:
+        for token in known[position:]:
+            running = (running * M + (token + 1) * C) & BITS
+            total += sum(running ^ salt for salt in SALTS) * (2 * position + 1)
+            position += 1
+        out.append(drawn[_mix(total & BITS, index + len(out)) % len(drawn)])
+        known.append(out[-1])
+    return out
+
+
+def _drawn(vocab: int, eos_token_ids: Sequence[int], draw_eos: bool) -> tuple[int, ...]:
+    return tuple(token for token in range(vocab) if draw_eos or token not in eos_token_ids)
+
+
+def _mix(total: int, index: int) -> int:
+    """The upper bits of a product, twice (after splitmix64); low bits of `total` are weak."""
+    x = (total + index * G) & BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & BITS
+    return x ^ (x >> 31)

@@ -1,0 +1,76 @@
+"""Draws tokens from logits. Knows a request's sampling values; must not know text or neighbours.
+
+One number in [0, 1) decides a draw: a hash of (seed, output index), or without a seed of (request
+id, output index). It is looked up in the row's cumulative distribution, in the order of token ids.
+So a request's text is the same alone, in any batch, and resumed elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from kvasir.core.ids import RequestId
+from kvasir.core.request import Sampling
+
+NUCLEUS_GUESS = 1024  # tokens looked at first; a nucleus that holds more has all of them sorted
+
+
+class Draw(msgspec.Struct, frozen=True, gc=False):
+    """Output token `index` of a request is wanted."""
+
+    request_id: RequestId
+    index: int
+    sampling: Sampling
+
+
+def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """One token id per row of `logits`, float32 of shape [rows, vocab]."""
+    tokens = logits.argmax(dim=-1)
+    warm = [i for i, one in enumerate(draws) if one.sampling.temperature > 0]
+    if warm:
+        tokens[warm] = _draw_warm(logits[warm], [draws[i] for i in warm])
+    return [int(token) for token in tokens.tolist()]
+
+
+def uniform(draw: Draw) -> float:
+    """The number in [0, 1) that decides this draw: 53 bits of BLAKE2b."""
+    seed = draw.sampling.seed
+    name = f"request:{draw.request_id}" if seed is None else f"seed:{seed}"
+    digest = hashlib.blake2b(f"{name}:{draw.index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _draw_warm(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Temperature, then nucleus, then the inverse of the cumulative distribution."""
+    temperature = torch.tensor([[one.sampling.temperature] for one in draws])
+    # Subtracting the maximum first keeps tiny temperatures finite.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probs = scaled.softmax(dim=-1)
+    nucleus = [i for i, one in enumerate(draws) if one.sampling.top_p < 1]
+    if nucleus:
+        top_p = torch.tensor([[draws[i].sampling.top_p] for i in nucleus], dtype=torch.float64)
+        part = probs[nucleus]
+        probs[nucleus] = part.where(part >= _nucleus_floor(part, top_p), 0)
+    mass = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    at = torch.tensor([[uniform(one)] for one in draws], dtype=torch.float64) * total
+    at = torch.minimum(at, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(mass, at, right=True).squeeze(-1)
+
+
+def _nucleus_floor(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Least probability in each row's nucleus, [rows, 1].
+
+    The nucleus is the smallest set of most likely tokens whose mass reaches `top_p`, never empty
+    (Holtzman et al., arXiv 1904.09751); tokens as likely as its last one are let in too.
+    """
+    top = probs.topk(min(NUCLEUS_GUESS, probs.shape[-1]), dim=-1).values
+    if bool((top.sum(dim=-1, keepdim=True, dtype=torch.float64) < top_p).any()):
+        top = probs.sort(dim=-1, descending=True).values
+    before = top.cumsum(dim=-1, dtype=torch.float64) - top
+    kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return top.gather(-1, kept - 1)

@@ -1,0 +1,307 @@
+"""OpenAI's rules: a decoded body becomes a plan of prompts to run, or an error that names a field.
+
+Knows the protocol's meaning and a `Text`; no socket, no streaming. Limits are checked here, before
+anything is submitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from kvasir.core.errors import NotFound, nearest
+from kvasir.core.request import Sampling
+from kvasir.gateway.port import Ask, Desk, ModelCard, Text
+from kvasir.gateway.schema import BadField, ChatBody, CompletionBody, unsupported
+
+PROMPTS_MAX: Final = 128
+STOPS_MAX: Final = 64
+STOP_CHARS_MAX: Final = 1024
+COMPLETION_TOKENS_DEFAULT: Final = 16
+SEED_BITS: Final = 63
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """What a request's HTTP headers say. `own_id`: the client named the request itself."""
+
+    request_id: str
+    own_id: bool = False
+    session: str | None = None
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    body_bytes: int | None = None
+    expects: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """One body, ready to run: an ask for each choice, and how the answer is to look."""
+
+    chat: bool
+    asks: tuple[Ask, ...]
+    text: Text
+    stream: bool
+    include_usage: bool
+    token_ids: bool
+    timing: bool
+    stops: tuple[str, ...]
+
+    @property
+    def model(self) -> str:
+        return self.asks[0].model
+
+
+async def plan_chat(body: ChatBody, desk: Desk, caller: Caller, run_id: str) -> Plan:
+    """Raises RequestError (400), NotFound (404)."""
+    text, card = _served(body, desk)
+    prompt = text.render(
+        _messages(body.messages),
+        add_generation_prompt=body.add_generation_prompt,
+        **_template_names(body.chat_template_kwargs),
+    )
+    tokens = await text.encode(prompt, special=False)
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    asks = (_ask(body, caller, text, card, run_id, tokens, asked, None),)
+    return _plan(body, asks, text)
+
+
+async def plan_completion(body: CompletionBody, desk: Desk, caller: Caller, run_id: str) -> Plan:
+    """Raises RequestError (400), NotFound (404)."""
+    text, card = _served(body, desk)
+    prompts = _prompts(body.prompt)
+    asks = []
+    for i, prompt in enumerate(prompts):
+        tokens = await text.encode(prompt, special=True) if isinstance(prompt, str) else prompt
+        own_id = run_id if len(prompts) == 1 else f"{run_id}-{i}"
+        default = COMPLETION_TOKENS_DEFAULT
+        asks.append(_ask(body, caller, text, card, own_id, tokens, body.max_tokens, default))
+    return _plan(body, tuple(asks), text)
+
+
+def card_of(desk: Desk, model: str) -> ModelCard:
+    """Raises NotFound with the nearest name."""
+    cards = desk.models()
+    for card in cards:
+        if card.id == model:
+            return card
+    raise NotFound(f"no model {model!r} here", nearest=nearest(model, [c.id for c in cards]))
+
+
+def _served(body: ChatBody | CompletionBody, desk: Desk) -> tuple[Text, ModelCard]:
+    name = unsupported(body)
+    if name == "n":
+        raise BadField(f"n must be 1, not {body.n}", "n", next_step="send one request per choice")
+    if name is not None:
+        raise BadField(f"{name} is not supported", name, next_step=f"leave {name} out")
+    return desk.text(body.model), card_of(desk, body.model)
+
+
+def _plan(body: ChatBody | CompletionBody, asks: tuple[Ask, ...], text: Text) -> Plan:
+    stream = bool(body.stream)
+    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return Plan(
+        chat=isinstance(body, ChatBody),
+        asks=asks,
+        text=text,
+        stream=stream,
+        include_usage=stream and usage,
+        token_ids=bool(body.return_token_ids),
+        timing=body.kvasir is not None and body.kvasir.timing,
+        stops=_stops(body.stop),
+    )
+
+
+def _ask(
+    body: ChatBody | CompletionBody,
+    caller: Caller,
+    text: Text,
+    card: ModelCard,
+    request_id: str,
+    tokens: tuple[int, ...],
+    max_tokens: int | None,
+    default: int | None,
+) -> Ask:
+    if not tokens:
+        raise BadField("the prompt is empty: it needs at least one token", _input_name(body))
+    if not 0 <= min(tokens) <= max(tokens) < text.vocab:
+        raise BadField(f"a prompt token is not in [0, {text.vocab})", _input_name(body))
+    return Ask(
+        request_id=request_id,
+        model=body.model,
+        tokens=tokens,
+        max_tokens=_room(len(tokens), max_tokens, default, card),
+        sampling=_sampling(body, text),
+        session=caller.session,
+        deadline_s=_deadline(body),
+        slo_ttft_s=caller.slo_ttft_s,
+        slo_tpot_s=caller.slo_tpot_s,
+    )
+
+
+def _input_name(body: ChatBody | CompletionBody) -> str:
+    return "messages" if isinstance(body, ChatBody) else "prompt"
+
+
+def _room(prompt: int, asked: int | None, default: int | None, card: ModelCard) -> int:
+    """Tokens that may be made: as asked if they fit, else the default or what the context holds."""
+    if asked is not None and asked < 1:
+        raise BadField(f"max_tokens must be at least 1, not {asked}", "max_tokens")
+    rest = card.max_context - prompt
+    wanted = asked if asked is not None else max(1, rest if default is None else min(default, rest))
+    if wanted > rest:
+        raise BadField(
+            f"{card.id} has a context of {card.max_context} tokens; this request needs "
+            f"{prompt + wanted} ({prompt} prompt + {wanted} output)",
+            "max_tokens" if asked is not None and prompt < card.max_context else None,
+            code="context_length_exceeded",
+            next_step="shorten the prompt, or ask for fewer tokens",
+        )
+    return wanted
+
+
+def _sampling(body: ChatBody | CompletionBody, text: Text) -> Sampling:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = 1.0 if body.top_p is None else body.top_p
+    if not 0 <= temperature <= 2:
+        raise BadField(f"temperature must be in [0, 2], not {temperature}", "temperature")
+    if not 0 < top_p <= 1:
+        raise BadField(f"top_p must be in (0, 1], not {top_p}", "top_p")
+    if body.seed is not None and not -(2**SEED_BITS) <= body.seed < 2**SEED_BITS:
+        raise BadField("seed must fit in 64 bits", "seed")
+    own = tuple(body.stop_token_ids or ())
+    if own and not 0 <= min(own) <= max(own) < text.vocab:
+        raise BadField(f"a stop token is not in [0, {text.vocab})", "stop_token_ids")
+    return Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        seed=body.seed,
+        ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=own if body.ignore_eos else (*text.eos_ids, *own),
+    )
+
+
+def _deadline(body: ChatBody | CompletionBody) -> float | None:
+    seconds = body.kvasir.deadline_s if body.kvasir is not None else None
+    if seconds is not None and not seconds > 0:
+        raise BadField(f"deadline_s must be over 0 seconds, not {seconds}", "kvasir.deadline_s")
+    return seconds
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(found):
+        raise BadField("a stop string is empty", "stop")
+    if len(found) > STOPS_MAX or any(len(one) > STOP_CHARS_MAX for one in found):
+        limit = f"{STOPS_MAX} stop strings of {STOP_CHARS_MAX} characters"
+        raise BadField(f"at most {limit} are supported", "stop")
+    return found
+
+
+def _prompts(prompt: str | list[int | str | list[int]]) -> list[str | tuple[int, ...]]:
+    """OpenAI's four shapes: text, texts, token ids, lists of token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and all(isinstance(one, int) for one in prompt):
+        return [tuple(prompt)]  # type: ignore[arg-type]
+    if not prompt or len(prompt) > PROMPTS_MAX:
+        raise BadField(f"prompt must hold 1 to {PROMPTS_MAX} prompts, not {len(prompt)}", "prompt")
+    found: list[str | tuple[int, ...]] = []
+    for one in prompt:
+        if isinstance(one, int):
+            raise BadField("prompt mixes token ids with whole prompts", "prompt")
+        found.append(one if isinstance(one, str) else tuple(one))
+    return found
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+def _messages(messages: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages as templates want them: a role, and content as one string."""
+    if not messages:
+        raise BadField("messages must not be empty", "messages")
+    return [_message(i, message) for i, message in enumerate(messages)]
+
+
+def _message(i: int, message: dict[str, Any]) -> Mapping[str, Any]:
+    where = f"messages[{i}]"
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise BadField(f"{where}.role is required", f"{where}.role")
+    if isinstance(content, str):
+        return message
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": ""}
+    if not isinstance(content, list):
+        raise BadField(
+            f"{where}.content must be a string or a list of text parts", f"{where}.content"
+        )
+    return {**message, "content": "".join(_part(where, part) for part in content)}
+
+
+def _part(where: str, part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise BadField(f"{where}.content: only text parts, not {kind!r}", f"{where}.content")
+    return text
+
+
+TEMPLATE_RESERVED: Final = frozenset({"messages", "add_generation_prompt", "self"})
+
+
+def _template_names(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    for name in given or ():
+        if name in TEMPLATE_RESERVED:
+            raise BadField(f"chat_template_kwargs may not set {name}", "chat_template_kwargs")
+    return given or {}
+
+
+# --- headers --------------------------------------------------------------------------------------
+
+ID_CHARS_MAX: Final = 128
+
+
+def read_caller(headers: Sequence[tuple[bytes, bytes]], fresh_id: str) -> Caller:
+    """What the headers say; an unusable id or session is as good as none. Raises RequestError."""
+    found = {name: value for name, value in headers if name in _HEADERS}
+    own = _printable(found.get(b"x-request-id"))
+    length = found.get(b"content-length")
+    return Caller(
+        request_id=own or fresh_id,
+        own_id=own is not None,
+        session=_printable(found.get(b"x-session-affinity")) or _printable(found.get(b"x-session-id")),
+        slo_ttft_s=_milliseconds(found, b"x-slo-ttft-ms"),
+        slo_tpot_s=_milliseconds(found, b"x-slo-tpot-ms"),
+        body_bytes=int(length) if length is not None and length.isdigit() else None,
+        expects=b"expect" in found,
+    )
+
+
+_HEADERS: Final = frozenset({
+    b"x-request-id", b"content-length", b"x-session-affinity", b"x-session-id",
+    b"x-slo-ttft-ms", b"x-slo-tpot-ms", b"expect",
+})  # fmt: skip
+
+
+def _printable(raw: bytes | None) -> str | None:
+    """At most 128 printable ASCII characters, or None."""
+    if raw is None or not 0 < len(raw) <= ID_CHARS_MAX or not raw.isascii():
+        return None
+    text = raw.decode("ascii")
+    return text if text.isprintable() else None
+
+
+def _milliseconds(found: Mapping[bytes, bytes], name: bytes) -> float | None:
+    raw = found.get(name)
+    if raw is None:
+        return None
+    try:
+        value = float(raw)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        label = name.decode()
+        raise BadField(f"the header {label} is no positive number of milliseconds", label)
+    return value / 1e3

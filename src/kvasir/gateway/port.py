@@ -1,0 +1,152 @@
+"""What the HTTP routes need of whatever serves: one `Desk`. Knows no HTTP, no node, no socket.
+
+    routes --submit(Ask)--> Desk --Placed, Tokens ..., End--> routes
+                                 `-Fail (instead of the rest)
+
+The routes own text (prompt in, stop strings, deltas out); the desk owns everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from kvasir.core.ids import RequestId, TenantId, WorkerId
+from kvasir.core.messages import EndReason, Path, Report
+from kvasir.core.request import Sampling
+
+WorkerState = Literal["ready", "starting", "gone"]
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """One prompt to be continued. Token ids in, at most `max_tokens` token ids out.
+
+    `sampling.stop_token_ids` already holds the model's end-of-sequence ids, unless the client asked
+    to ignore them. `deadline_s` counts from submission. Objectives are seconds.
+    """
+
+    request_id: RequestId
+    model: str
+    tokens: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    tenant: TenantId = "default"
+    session: str | None = None
+    deadline_s: float | None = None
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    band: int = 1
+
+
+class PlacedPiece(msgspec.Struct, frozen=True):
+    """An attempt has a place. One more of these means one more attempt."""
+
+    path: Path
+    prefill: WorkerId
+    decode: WorkerId = ""
+
+
+class TokensPiece(msgspec.Struct, frozen=True, gc=False):
+    """The next output tokens, in order, each exactly once over all attempts."""
+
+    tokens: tuple[int, ...]
+
+
+class EndPiece(msgspec.Struct, frozen=True):
+    """The last piece of a request that was served. Tokens count; seconds on the desk's clock."""
+
+    reason: EndReason
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    report: Report | None = None
+    queue_s: float = 0.0
+    ttft_s: float | None = None
+    second_token_delay_s: float | None = None
+    path: str = ""
+
+
+class FailPiece(msgspec.Struct, frozen=True):
+    """The last piece of a request that will not be served (any further)."""
+
+    status: int
+    reason: str
+    retry_after_s: float | None = None
+
+
+Piece = PlacedPiece | TokensPiece | EndPiece | FailPiece
+
+
+class Pieces(Protocol):
+    """Placed, then tokens, then one End; or Fail at any point. An async generator is one."""
+
+    def __aiter__(self) -> Pieces: ...
+
+    async def __anext__(self) -> Piece: ...
+
+    async def aclose(self) -> None:
+        """Before the last piece: the client is gone, and the request is cancelled everywhere."""
+
+
+class Detok(Protocol):
+    """Turns one answer's tokens into text, one at a time."""
+
+    def push(self, token: int) -> str:
+        """Text that this token completes; empty while a character is still in parts."""
+
+    def finish(self) -> str:
+        """What is still held back."""
+
+
+class Text(Protocol):
+    """A model's side of text: encoding, chat template, decoding."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are in [0, vocab)."""
+
+    async def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        """Token ids of `text`; `special` adds what the model wants around a bare prompt."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+        """The chat template's text. Raises RequestError for messages that it refuses."""
+
+    def detokenizer(self) -> Detok: ...
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """A served model; `created` is in Unix seconds, `max_context` in tokens."""
+
+    id: str
+    created: int
+    max_context: int
+    owned_by: str = "kvasir"
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`ready` iff every configured worker is."""
+
+    ready: bool
+    workers: dict[WorkerId, WorkerState]
+
+
+class Desk(Protocol):
+    """What serves. All calls come from one event loop."""
+
+    def submit(self, ask: Ask) -> Pieces:
+        """Start a request; nothing is raised here, failures are pieces."""
+
+    def stop(self, request_id: RequestId) -> None:
+        """A stop string matched: end the request as `stop`; an EndPiece follows."""
+
+    def models(self) -> Sequence[ModelCard]: ...
+
+    def health(self) -> Health: ...
+
+    def text(self, model: str) -> Text:
+        """Raises NotFound with the nearest name."""

@@ -1,0 +1,235 @@
+"""The shapes of OpenAI's protocol on the wire, in and out. Knows types; no rule, no desk, no text.
+
+Unknown fields are ignored, as OpenAI's servers do. A field of the wrong type is a RequestError that
+names it. `unsupported` lists known fields that would change the answer and are not served yet.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from kvasir.core.errors import RequestError
+
+# --- in -------------------------------------------------------------------------------------------
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Extension(msgspec.Struct):
+    """The body's own `kvasir` block. Seconds."""
+
+    timing: bool = False
+    deadline_s: float | None = None
+
+
+class Common(msgspec.Struct):
+    """What chat and plain completions share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    kvasir: Extension | None = None
+    n: int | None = None
+    min_tokens: int | None = None
+    logprobs: bool | int | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+class ChatBody(Common):
+    messages: list[dict[str, Any]] = []  # noqa: RUF012  msgspec copies it
+    max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+
+
+class CompletionBody(Common):
+    prompt: str | list[int | str | list[int]] = ""
+    best_of: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+
+Body = TypeVar("Body", ChatBody, CompletionBody)
+
+# Field -> values at which it changes nothing, so that leaving it out of the work is no lie.
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "min_tokens": (None, 0),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
+_CHECKED: Final = {
+    shape: tuple((name, NEUTRAL[name]) for name in shape.__struct_fields__ if name in NEUTRAL)
+    for shape in (ChatBody, CompletionBody)
+}
+
+
+def unsupported(body: ChatBody | CompletionBody) -> str | None:
+    """The first field that asks for something that is not served, or None."""
+    for name, neutral in _CHECKED[type(body)]:
+        value = getattr(body, name)
+        if value is not None and value not in neutral:
+            return name
+    return None
+
+
+_chat_decoder: Final = msgspec.json.Decoder(ChatBody)
+_completion_decoder: Final = msgspec.json.Decoder(CompletionBody)
+
+
+def decode_chat(raw: bytes) -> ChatBody:
+    """Raises RequestError."""
+    return _decode(_chat_decoder, raw)
+
+
+def decode_completion(raw: bytes) -> CompletionBody:
+    """Raises RequestError."""
+    return _decode(_completion_decoder, raw)
+
+
+def _decode(decoder: msgspec.json.Decoder[Body], raw: bytes) -> Body:
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        what, param = _explained(str(error))
+        raise BadField(what, param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"the body is no JSON: {error}", next_step="send one JSON object in UTF-8"
+        ) from None
+
+
+_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
+
+
+def _explained(message: str) -> tuple[str, str | None]:
+    """msgspec's words and path -> a sentence and the field's name as OpenAI's `param`."""
+    missing = _MISSING.search(message)
+    if missing:
+        return f"{missing['name']} is required", missing["name"]
+    found = _AT.match(message)
+    path = (found["path"] or "").lstrip(".") if found else ""
+    what = (found["what"] if found else message).lower()
+    return (f"{path}: {what}", path) if path else (what, None)
+
+
+class BadField(RequestError):
+    """A body's field is wrong; `param` names it, `code` is OpenAI's word for it, if it has one."""
+
+    def __init__(
+        self, what: str, param: str | None, *, code: str | None = None, next_step: str = ""
+    ) -> None:
+        super().__init__(what, next_step=next_step)
+        self.param, self.code = param, code
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+class Cached(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: Cached
+
+
+class Workers(msgspec.Struct):
+    prefill: str
+    decode: str
+
+
+class Timing(msgspec.Struct):
+    """Where a request's time went. Seconds, bytes; None is unknown."""
+
+    path: str
+    workers: Workers
+    attempts: int
+    queue_s: float
+    prefill_s: float | None
+    transfer_s: float | None
+    first_step_s: float | None
+    ttft_s: float | None
+    second_token_delay_s: float | None
+    bytes: int
+    transport: str
+
+
+class ChatMessage(msgspec.Struct):
+    content: str
+    role: str = "assistant"
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatMessage
+    finish_reason: str
+    logprobs: None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatAnswer(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+    prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    kvasir: Timing | list[Timing] | msgspec.UnsetType = msgspec.UNSET
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+
+
+class CompletionAnswer(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    object: str = "text_completion"
+    kvasir: Timing | list[Timing] | msgspec.UnsetType = msgspec.UNSET

@@ -1,0 +1,252 @@
+"""The block pool of one worker: which physical blocks are free, held, or cached.
+
+Knows block ids and keys; knows nothing of requests, tensors or time. Every block is in exactly one
+of three states:
+
+    free     in `_runs`, no key
+    held     refcount > 0; has a key once it is full and committed
+    cached   refcount 0 but its key is still findable; in eviction order
+
+    free --allocate--> held --free (no key)--> free
+                       held --free (key)--> cached --evict--> free
+                       held <--take-- cached
+
+Held blocks of one sequence lie in contiguous runs where possible, so that attention reads views and
+a transfer is a few large copies. Blocks are released tail first, so a chain loses its tail before
+its head (vLLM v1; RadixAttention evicts leaves first).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from kvasir.core.ids import BlockId, BlockKey
+
+
+class EvictView(Protocol):
+    """What an eviction policy may look at: evictable blocks, oldest release first; never empty."""
+
+    def in_order(self) -> Iterator[BlockId]: ...
+
+
+
+class BlockPool:
+    """`blocks_count` physical blocks. Costs are O(blocks touched), plus log of the free runs."""
+
+    def __init__(self, blocks_count: int, victim: Callable[[EvictView], BlockId]) -> None:
+        assert blocks_count > 0
+        self.blocks_count = blocks_count
+        self._victim = victim
+        self._refs = [0] * blocks_count
+        self._key: list[BlockKey | None] = [None] * blocks_count
+        self._by_key: dict[BlockKey, BlockId] = {}
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest release first
+        self._runs = FreeRuns(blocks_count)
+        self.added: list[BlockKey] = []  # since the last `changes()`
+        self.removed: list[BlockKey] = []
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` could hand out now: free ones and evictable ones."""
+        return self._runs.count + len(self._cached)
+
+    @property
+    def held(self) -> int:
+        return self.blocks_count - self.available
+
+    @property
+    def cached_keys(self) -> int:
+        return len(self._by_key)
+
+    def match(self, keys: Sequence[BlockKey]) -> list[BlockId]:
+        """Blocks of the longest leading run of `keys` that is cached or held."""
+        found: list[BlockId] = []
+        by_key = self._by_key
+        for key in keys:
+            block = by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def missing_for(self, hits: Sequence[BlockId], blocks_needed: int) -> int:
+        """How many more blocks must be available to `take(hits)` and then allocate the rest."""
+        revived = sum(1 for b in hits if not self._refs[b])
+        return blocks_needed - len(hits) + revived - self.available
+
+    def in_order(self) -> Iterator[BlockId]:
+        return iter(self._cached)
+
+    def refs(self, block: BlockId) -> int:
+        return self._refs[block]
+
+    def all_keys(self) -> list[BlockKey]:
+        return list(self._by_key)
+
+    # --- changing ---------------------------------------------------------------------------------
+
+    def take(self, blocks: Sequence[BlockId]) -> None:
+        """One more reference on each block (found by `match`)."""
+        refs = self._refs
+        for block in blocks:
+            if refs[block] == 0:
+                del self._cached[block]
+            refs[block] += 1
+
+    def allocate(self, count: int, after: BlockId | None = None) -> list[BlockId]:
+        """`count` fresh blocks with one reference each, continuing the run after `after` if it can.
+
+        Evicts cached blocks, oldest first, when the free ones do not suffice. The caller checks
+        `available` first: asking for more is a programmer's error.
+        """
+        assert 0 <= count <= self.available, (count, self.available)
+        while self._runs.count < count:
+            self._evict()
+        blocks = self._runs.take(count, after)
+        for block in blocks:
+            self._refs[block] = 1
+        return blocks
+
+    def commit(self, block: BlockId, key: BlockKey) -> None:
+        """Name a held, full block. A key that another block has already keeps that one."""
+        assert self._refs[block] > 0, block
+        if self._key[block] is None and key not in self._by_key:
+            self._key[block] = key
+            self._by_key[key] = block
+            self.added.append(key)
+
+    def free(self, blocks: Sequence[BlockId]) -> None:
+        """Drop one reference on each block, last block first."""
+        refs = self._refs
+        for block in reversed(blocks):
+            assert refs[block] > 0, block
+            refs[block] -= 1
+            if refs[block] == 0:
+                if self._key[block] is None:
+                    self._runs.give(block)
+                else:
+                    self._cached[block] = None
+
+    def clear(self) -> None:
+        """Forget every cached block that nobody holds."""
+        while self._cached:
+            self._evict()
+
+    def changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
+        """Keys (added, removed) since the last call. A key in both came and went, or went and came:
+        the pool's present state decides which, so each key is listed on one side only."""
+        if not self.added and not self.removed:
+            return (), ()
+        by_key = self._by_key
+        if self.removed and self.added:
+            touched = dict.fromkeys([*self.added, *self.removed])
+            added = tuple(k for k in touched if k in by_key)
+            removed = tuple(k for k in touched if k not in by_key)
+        else:
+            added = tuple(k for k in self.added if k in by_key)
+            removed = tuple(self.removed)
+        self.added.clear()
+        self.removed.clear()
+        return added, removed
+
+    def _evict(self) -> None:
+        block = self._victim(self)
+        del self._cached[block]
+        key = self._key[block]
+        assert key is not None
+        del self._by_key[key]
+        self._key[block] = None
+        self.removed.append(key)
+        self._runs.give(block)
+
+    def check(self) -> None:
+        """Every block in exactly one state; keys and refcounts agree."""
+        free = self._runs.check()
+        assert len(free) + len(self._cached) + self.held == self.blocks_count
+        for block in range(self.blocks_count):
+            refs, key = self._refs[block], self._key[block]
+            states = (block in free) + (block in self._cached) + (refs > 0)
+            assert states == 1, (block, states)
+            assert refs >= 0
+            assert key is None or self._by_key[key] == block
+            assert block not in free or key is None
+            assert block not in self._cached or key is not None
+        assert len(self._by_key) == sum(k is not None for k in self._key)
+
+
+class FreeRuns:
+    """Free blocks as maximal runs [start, end), so that neighbours are handed out together."""
+
+    def __init__(self, blocks_count: int) -> None:
+        self.count = blocks_count
+        self._starts: list[int] = [0]
+        self._end: dict[int, int] = {0: blocks_count}
+        self._start_of_end: dict[int, int] = {blocks_count: 0}
+
+    def take(self, count: int, after: int | None) -> list[int]:
+        """`count` blocks: first those right after `after`, then the smallest run that fits, else
+        the largest runs."""
+        assert count <= self.count
+        self.count -= count
+        taken: list[int] = []
+        if after is not None and count and after + 1 in self._end:
+            taken += self._cut(after + 1, count)
+        while len(taken) < count:
+            taken += self._cut(self._choose(count - len(taken)), count - len(taken))
+        return taken
+
+    def give(self, block: int) -> None:
+        """Put one block back, joining its neighbours' runs."""
+        self.count += 1
+        start, end = block, block + 1
+        if block in self._start_of_end:
+            start = self._start_of_end.pop(block)
+        else:
+            insort(self._starts, start)
+        if end in self._end:
+            self._starts.pop(bisect_left(self._starts, end))
+            new_end = self._end.pop(end)
+            end = new_end
+        self._end[start] = end
+        self._start_of_end[end] = start
+
+    def _choose(self, count: int) -> int:
+        best, best_size = -1, 0
+        for start in self._starts:
+            size = self._end[start] - start
+            fits, best_fits = size >= count, best_size >= count
+            if best < 0 or (fits, -size if fits else size) > (
+                best_fits, -best_size if best_fits else best_size
+            ):  # fmt: skip
+                best, best_size = start, size
+        return best
+
+    def _cut(self, start: int, count: int) -> list[int]:
+        end = self._end.pop(start)
+        stop = min(start + count, end)
+        i = bisect_left(self._starts, start)
+        if stop == end:
+            self._starts.pop(i)
+            del self._start_of_end[end]
+        else:
+            self._starts[i] = stop
+            self._end[stop] = end
+            self._start_of_end[end] = stop
+        return list(range(start, stop))
+
+    def check(self) -> set[int]:
+        free: set[int] = set()
+        assert self._starts == sorted(self._end)
+        for start in self._starts:
+            end = self._end[start]
+            assert start < end
+            assert end not in self._end, "two runs touch"
+            assert self._start_of_end[end] == start
+            free.update(range(start, end))
+        assert len(free) == self.count
+        return free

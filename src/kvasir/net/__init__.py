@@ -1,0 +1,1 @@
+"""The network: where instances stand, which links they share, what a transfer will take."""

@@ -1,0 +1,492 @@
+"""The conductor node: decides for each request whether, where and in which parts it runs.
+
+Knows ids, lengths, keys, and what workers said. Must not know text or tokens, and does nothing
+itself: it dispatches. What it holds of a worker is a guess that beats and answers correct.
+
+There is one way back from anything that goes wrong: the attempt is lost (`_lose`), workers forget it,
+and the gateway submits the next one with what it has emitted so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from kvasir.core.effects import AnyEffect, Note, Tell, Timer
+from kvasir.core.events import Queued, Rejected, Retried, Routed, WorkerJoined, WorkerLeft
+from kvasir.core.ids import NodeId, RequestId, WorkerId
+from kvasir.core.messages import (
+    Abort, Accepted, Active, Alarm, AnyMessage, Declined, Dispatch, Done, Ended, Finished,
+    GatewayBeat, Hello, KvEvents, KvResync, Load, Lost, Message, NetReading, Placed, PrefillDone,
+    Refused, Start, Submit, TransferReport, Welcome, WorkerGone,
+)  # fmt: skip
+from kvasir.core.specs import Deployment
+from kvasir.cost.catalog import step_model
+from kvasir.cost.step import StepModel
+from kvasir.kv.prefix import PrefixIndex
+from kvasir.net.oracle import Oracle
+from kvasir.net.topology import Topology
+from kvasir.node.placement import Placement, RouteWindow, State
+from kvasir.node.registry import Hold, Member
+from kvasir.policy.admit import ADMITS
+from kvasir.policy.route import ROUTES, RouteMemory
+from kvasir.policy.route.stay import stays
+
+BEAT = "beat"
+
+
+class Conductor:
+    """State machine of one conductor term (`epoch`)."""
+
+    def __init__(self, deployment: Deployment, epoch: int = 1) -> None:
+        self.deployment = deployment
+        self.epoch = epoch
+        self.limits = deployment.limits
+        self.spec = deployment.policy.route
+        self.members: dict[WorkerId, Member] = {}
+        self.placements: dict[RequestId, Placement] = {}
+        self.queue: list[Placement] = []
+        self.choosing: list[Placement] = []
+        self.index = PrefixIndex()
+        self.oracle = Oracle(Topology(deployment.topology))
+        self.gateways: dict[NodeId, float] = {}
+        self._route = ROUTES[self.spec.name]
+        self._admit = ADMITS[deployment.policy.admit]
+        self._memory = RouteMemory()
+        self._costs: dict[str, StepModel] = {
+            pool.name: step_model(deployment, pool) for pool in deployment.pools
+        }
+        self._now = 0.0
+        self._out: list[AnyEffect] = []
+        self._handlers: dict[type[Message], Callable[[Any], None]] = {
+            Start: self._on_start, Alarm: self._on_alarm, Hello: self._on_hello,
+            Load: self._on_load, KvEvents: self._on_kv_events, Submit: self._on_submit,
+            Accepted: self._on_accepted, Refused: self._on_refused,
+            PrefillDone: self._on_prefill_done, TransferReport: self._on_transfer_report,
+            Finished: self._on_finished, Ended: self._on_ended, GatewayBeat: self._on_gateway_beat,
+            WorkerGone: self._on_worker_gone, NetReading: self._on_net_reading,
+        }  # fmt: skip
+
+    def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
+        self._now, self._out = now, []
+        self._handlers[type(event)](event)
+        if self.choosing or self.queue:
+            self._pump()
+        return self._out
+
+    # --- membership -------------------------------------------------------------------------------
+
+    def _on_start(self, event: Start) -> None:
+        self._out.append(Timer(BEAT, self._now + self.limits.beat_s))
+
+    def _on_hello(self, event: Hello) -> None:
+        known = self.members.get(event.worker)
+        if known is not None and known.incarnation >= event.incarnation:
+            self._tell(event.worker, Welcome(self.epoch))
+            return
+        if event.pool not in self._costs:
+            return  # not of this deployment
+        if known is not None:
+            self._remove(known, "restarted")
+        self.members[event.worker] = Member(event, self._costs[event.pool], self._now)
+        self.index.join(event.worker, event.incarnation)
+        self.oracle.add_worker(event.worker, event.location)
+        self._tell(event.worker, Welcome(self.epoch))
+        self._note(WorkerJoined(event.worker, event.incarnation, event.roles))
+
+    def _on_load(self, event: Load) -> None:
+        member = self.members.get(event.worker)
+        if member is None or member.incarnation < event.incarnation:
+            self._tell(event.worker, Welcome(self.epoch, again=True))
+            return
+        if member.incarnation > event.incarnation:
+            return  # a past life
+        member.load, member.heard_at = event, self._now
+        if member.resync_asked:
+            self._tell(member.id, KvResync(self.epoch))
+        self._reconcile(member, event)
+
+    def _reconcile(self, member: Member, load: Load) -> None:
+        """What the worker serves against what it should: messages may have been lost."""
+        active = {a.request_id: a.attempt for a in load.active}
+        for request_id, attempt in active.items():
+            placement = self.placements.get(request_id)
+            wanted = placement is not None and (
+                placement.attempt == attempt and placement.needs(member.id)
+            )
+            if not wanted and (placement is None or placement.attempt >= attempt):
+                self._tell(member.id, Abort(self.epoch, request_id, attempt, "not wanted"))
+        grace = self.limits.grace_s
+        for request_id, hold in list(member.holds.items()):
+            if active.get(request_id) != hold.attempt and self._now - hold.since > grace:
+                placement = self.placements.get(request_id)
+                if placement is not None and placement.needs(member.id):
+                    self._lose(placement, f"{member.id} does not know it")
+
+    def _on_worker_gone(self, event: WorkerGone) -> None:
+        member = self.members.get(event.worker)
+        if member is not None and member.incarnation <= event.incarnation:
+            self._remove(member, event.reason)
+
+    def _remove(self, member: Member, reason: str) -> None:
+        """Nothing of this incarnation survives: not in the index, the oracle or a hold."""
+        del self.members[member.id]
+        self.index.leave(member.id)
+        for placement in list(self.placements.values()):
+            if placement.needs(member.id):
+                self._lose(placement, f"{member.id} {reason}")
+        self.oracle.remove_worker(member.id)
+        self._note(WorkerLeft(member.id, member.incarnation, reason))
+
+    def _on_kv_events(self, event: KvEvents) -> None:
+        member = self.members.get(event.worker)
+        if member is None or member.incarnation != event.incarnation:
+            return
+        whole = self.index.apply(
+            event.worker, event.incarnation, event.seq, event.added, event.removed,
+            reset=event.reset,
+        )  # fmt: skip
+        if not whole and not member.resync_asked:
+            member.resync_asked = True
+            self._tell(member.id, KvResync(self.epoch))
+        elif event.reset:
+            member.resync_asked = False
+
+    def _on_net_reading(self, event: NetReading) -> None:
+        self.oracle.reading(event)
+
+    def _on_alarm(self, event: Alarm) -> None:
+        assert event.name == BEAT, event.name
+        now, limits = self._now, self.limits
+        for member in list(self.members.values()):
+            if now - member.heard_at > limits.dead_after_s:
+                self._remove(member, "not heard of")
+        for gateway, heard_at in list(self.gateways.items()):
+            if now - heard_at > limits.dead_after_s + limits.grace_s:
+                del self.gateways[gateway]
+                for placement in list(self.placements.values()):
+                    if placement.request.gateway == gateway:
+                        self._drop(placement, "its gateway is gone")
+        for placement in [p for p in self.queue if now - p.queued_at > limits.queue_wait_s]:
+            self._decline(placement, 503, f"no worker had room within {limits.queue_wait_s:g} s")
+        self._out.append(Timer(BEAT, now + limits.beat_s))
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def _on_submit(self, event: Submit) -> None:
+        self.gateways[event.request.gateway] = self._now
+        old = self.placements.get(event.request.id)
+        if old is not None and old.attempt >= event.attempt:
+            return
+        if old is not None:
+            self._drop(old, "superseded")
+        placement = Placement(event, self._now)
+        verdict = self._admit(_Admission(self, placement))
+        if verdict.status and event.attempt == 1:
+            self._refuse(placement, verdict.status, verdict.reason, verdict.retry_after_s)
+            return
+        self.placements[placement.id] = placement
+        band = placement.request.band
+        at = len(self.queue)
+        while at and self.queue[at - 1].request.band > band:
+            at -= 1
+        self.queue.insert(at, placement)
+        self._pump()
+        if placement.state is State.QUEUED:
+            self._note(Queued(placement.id, len(self.queue)))
+
+    def _pump(self) -> None:
+        """Place what waits, in order; the first that finds no room stops the rest."""
+        while self.choosing and self._choose_decode(self.choosing[0]):
+            self.choosing.pop(0)
+        while self.queue and self._place(self.queue[0]):
+            self.queue.pop(0)
+
+    def _place(self, p: Placement) -> bool:
+        """Decide where an attempt runs and dispatch it. False: no room now."""
+        p.hits = self.index.match(p.request.keys)
+        decoders = self._roomy(p, "decode")
+        stay = stays(self._window(p, "decode", decoders)) if decoders else None
+        if stay is not None:
+            return self._run_whole(p, self.members[stay.worker], stay.why)
+        prefillers = self._able(p, "prefill")
+        if not prefillers or not self._able(p, "decode"):
+            return self._place_without_a_role(p)
+        choice, memory = self._route(self._window(p, "prefill", prefillers), self._memory)
+        prefiller = self.members[choice.worker]
+        if "mixed" in prefiller.hello.roles:  # what a mixed worker prefills it keeps
+            self._memory = memory
+            return self._fits(p, prefiller) and self._run_whole(p, prefiller, choice.why)
+        if self.spec.decode_choice == "prefill_end":
+            self._memory = memory
+            self._dispatch_prefill(p, prefiller, "", choice.why)
+            return True
+        decoders = [m for m in decoders if "mixed" not in m.hello.roles] or decoders
+        if not decoders:
+            return False
+        window = self._window(p, "decode", decoders, prefiller)
+        target, self._memory = self._route(window, memory)
+        p.transfer_s = target.estimate_s
+        self._dispatch_prefill(p, prefiller, target.worker, f"{choice.why}; {target.why}")
+        self._dispatch_decode(p, self.members[target.worker])
+        return True
+
+    def _place_without_a_role(self, p: Placement) -> bool:
+        """All prefill or all decode workers are gone: any worker of the model runs both phases."""
+        anyone = [m for m in self.members.values() if m.hello.model == p.request.model]
+        anyone = [m for m in anyone if not m.draining and self._fits(p, m)]
+        if not anyone:
+            return False
+        choice, self._memory = self._route(self._window(p, "prefill", anyone), self._memory)
+        return self._run_whole(p, self.members[choice.worker], choice.why)
+
+    def _choose_decode(self, p: Placement) -> bool:
+        """The decode worker of a prefilled attempt (`decode_choice: prefill_end`)."""
+        decoders = self._roomy(p, "decode")
+        source = self.members.get(p.prefill)
+        if not decoders or source is None:
+            return False
+        p.hits = self.index.match(p.request.keys)
+        window = self._window(p, "decode", decoders, source)
+        choice, self._memory = self._route(window, self._memory)
+        p.transfer_s = choice.estimate_s
+        p.decode = choice.worker
+        self._dispatch_decode(p, self.members[choice.worker])
+        self._tell_placed(p, choice.why)
+        return True
+
+    def _window(
+        self, p: Placement, stage: Any, candidates: list[Member], source: Member | None = None
+    ) -> RouteWindow:
+        size = self.deployment.block_size
+        return RouteWindow(p, stage, candidates, self.spec, size, self.oracle, self._now,
+                           source=source)  # fmt: skip
+
+    def _able(self, p: Placement, role: str) -> list[Member]:
+        model = p.request.model
+        return [m for m in self.members.values() if m.may(role) and m.hello.model == model]
+
+    def _roomy(self, p: Placement, role: str) -> list[Member]:
+        return [m for m in self._able(p, role) if self._fits(p, m)]
+
+    def _fits(self, p: Placement, m: Member) -> bool:
+        """NetKV's feasibility: free KV, less what is reserved, holds the request and a reserve."""
+        return not m.holds or m.blocks_reserved + self._blocks(p, m) <= m.blocks_total
+
+    def _blocks(self, p: Placement, m: Member) -> int:
+        left = p.request.max_tokens - p.emitted
+        reserve = min(left, self.spec.output_reserve_tokens)
+        return -(-(p.input_tokens + reserve) // self.deployment.block_size) - p.hits.get(m.id, 0)
+
+    # --- dispatching ------------------------------------------------------------------------------
+
+    def _run_whole(self, p: Placement, m: Member, why: str) -> bool:
+        p.path, p.decode = "aggregated", m.id
+        p.prefill, p.shipped = m.id, True
+        self._placed(p)
+        hold = Hold(p.attempt, self._blocks(p, m), self._prefill_s(p, m), p.input_tokens, self._now)
+        m.hold(p.id, hold)
+        self._dispatch(p, m, "both")
+        self._tell_placed(p, why)
+        return True
+
+    def _dispatch_prefill(self, p: Placement, m: Member, decode: WorkerId, why: str) -> None:
+        p.prefill, p.decode = m.id, decode
+        self._placed(p)
+        size = self.deployment.block_size
+        blocks = -(-p.input_tokens // size) - p.hits.get(m.id, 0)
+        m.hold(p.id, Hold(p.attempt, blocks, self._prefill_s(p, m), 0, self._now))
+        self._dispatch(p, m, "prefill")
+        self._tell_placed(p, why)
+
+    def _dispatch_decode(self, p: Placement, m: Member) -> None:
+        if p.state is State.CHOOSING:
+            p.state = State.DECODE
+        blocks = self._blocks(p, m)
+        m.hold(p.id, Hold(p.attempt, blocks, 0.0, p.input_tokens, self._now))
+        nbytes = self._window(p, "decode", [m]).transfer_bytes(m.id)
+        self.oracle.begin(p.transfer_id, p.prefill, m.id, nbytes, self._now)
+        self._dispatch(p, m, "decode")
+
+    def _prefill_s(self, p: Placement, m: Member) -> float:
+        p.prefill_hit = p.hits.get(m.id, 0)
+        return m.predict_prefill(p.input_tokens, p.prefill_hit * self.deployment.block_size)
+
+    def _placed(self, p: Placement) -> None:
+        p.state, p.placed_at = State.PREFILL, self._now
+
+    def _dispatch(self, p: Placement, m: Member, phase: Any) -> None:
+        self._tell(
+            m.id,
+            Dispatch(
+                self.epoch, p.request, p.attempt, p.emitted, phase, self.deployment.first_token,
+                source=p.prefill if phase == "decode" else "",
+                target=p.decode if phase == "prefill" else "",
+            ),
+        )  # fmt: skip
+
+    def _tell_placed(self, p: Placement, why: str) -> None:
+        placed = Placed(p.id, p.attempt, p.path, p.prefill, p.decode, why)
+        self._tell(p.request.gateway, placed)
+        self._note(
+            Routed(
+                p.id, p.attempt, p.path, p.prefill, p.decode, why, p.prefill_hit,
+                p.hits.get(p.decode, 0), p.transfer_s,
+            )
+        )  # fmt: skip
+
+    # --- progress ---------------------------------------------------------------------------------
+
+    def _current(self, request_id: RequestId, attempt: int) -> Placement | None:
+        placement = self.placements.get(request_id)
+        return placement if placement is not None and placement.attempt == attempt else None
+
+    def _on_accepted(self, event: Accepted) -> None:
+        member = self.members.get(event.worker)
+        hold = member.holds.get(event.request_id) if member is not None else None
+        if hold is not None and hold.attempt == event.attempt:
+            hold.since = self._now
+
+    def _on_refused(self, event: Refused) -> None:
+        member = self.members.get(event.worker)
+        if member is not None and event.reason == "draining":
+            member.draining = True
+        placement = self._current(event.request_id, event.attempt)
+        if placement is not None and placement.needs(event.worker):
+            self._lose(placement, f"{event.worker}: {event.reason}")
+
+    def _on_prefill_done(self, event: PrefillDone) -> None:
+        member = self.members.get(event.worker)
+        if member is not None:
+            member.prefilled(event.request_id, event.attempt)
+        p = self._current(event.request_id, event.attempt)
+        if p is None or p.state is not State.PREFILL or p.prefill != event.worker:
+            return
+        if p.decode:
+            p.state = State.DECODE
+        else:
+            p.state = State.CHOOSING
+            self.choosing.append(p)
+
+    def _on_transfer_report(self, event: TransferReport) -> None:
+        self.oracle.report(event.source, event.target, event.bytes, event.seconds)
+        p = self._current(event.request_id, event.attempt)
+        if p is None or p.decode != event.target:
+            return
+        p.shipped = True
+        self.oracle.end(p.transfer_id)
+        member = self.members.get(p.prefill)
+        if member is not None:
+            member.drop(p.id)
+
+    def _on_finished(self, event: Finished) -> None:
+        p = self._current(event.request_id, event.attempt)
+        if p is None or p.state is State.FINISHED:
+            return
+        for worker in p.workers():
+            if worker != event.worker and p.needs(worker):
+                self._tell(worker, Abort(self.epoch, p.id, p.attempt, "finished"))
+        self._free(p)
+        p.state, p.finished, p.placed_at = State.FINISHED, event, self._now
+
+    def _on_ended(self, event: Ended) -> None:
+        placement = self.placements.get(event.request_id)
+        if placement is not None:
+            self._drop(placement, event.reason)
+
+    def _on_gateway_beat(self, event: GatewayBeat) -> None:
+        """What a gateway waits for against what is known here: messages may have been lost."""
+        self.gateways[event.gateway] = self._now
+        active = {a.request_id: a.attempt for a in event.active}
+        for request_id, attempt in active.items():
+            placement = self.placements.get(request_id)
+            if placement is None or placement.attempt < attempt:
+                self._tell(event.gateway, Lost(request_id, attempt, "not known"))
+            elif placement.finished is not None:
+                self._tell_done(placement, placement.finished)
+        patience = 2 * self.limits.grace_s
+        for placement in list(self.placements.values()):
+            gone = placement.request.gateway == event.gateway and placement.id not in active
+            if gone and self._now - placement.queued_at > patience:
+                self._drop(placement, "the gateway does not wait for it")
+
+    def _tell_done(self, p: Placement, finished: Finished) -> None:
+        if self._now - p.placed_at > self.limits.grace_s:
+            f = finished
+            self._tell(
+                p.request.gateway, Done(p.id, p.attempt, f.reason, f.output_tokens, f.report)
+            )
+
+    # --- the end of an attempt --------------------------------------------------------------------
+
+    def _lose(self, p: Placement, reason: str) -> None:
+        self._drop(p, reason)
+        self._tell(p.request.gateway, Lost(p.id, p.attempt, reason))
+        self._note(Retried(p.id, p.attempt, reason))
+
+    def _decline(self, p: Placement, status: int, reason: str) -> None:
+        self._drop(p, reason)
+        self._refuse(p, status, reason, None)
+
+    def _refuse(self, p: Placement, status: int, reason: str, retry_after_s: float | None) -> None:
+        self._tell(p.request.gateway, Declined(p.id, p.attempt, status, reason, retry_after_s))
+        self._note(Rejected(p.id, status, reason))
+
+    def _drop(self, p: Placement, reason: str) -> None:
+        """Forget an attempt here and, unless it is over there, at its workers."""
+        if p.state not in (State.QUEUED, State.FINISHED):
+            for worker in p.workers():
+                if p.needs(worker) and worker in self.members:
+                    self._tell(worker, Abort(self.epoch, p.id, p.attempt, reason))
+        self._free(p)
+        for waiting in (self.queue, self.choosing):
+            if p in waiting:
+                waiting.remove(p)
+        del self.placements[p.id]
+
+    def _free(self, p: Placement) -> None:
+        self.oracle.end(p.transfer_id)
+        for worker in p.workers():
+            member = self.members.get(worker)
+            if member is not None:
+                member.drop(p.id)
+        if p in self.choosing:
+            self.choosing.remove(p)
+
+    def _tell(self, to: NodeId, message: Message) -> None:
+        self._out.append(Tell(to, cast(AnyMessage, message)))
+
+    def _note(self, event: Any) -> None:
+        self._out.append(Note(event))
+
+    # --- for people -------------------------------------------------------------------------------
+
+    def active(self) -> tuple[Active, ...]:
+        return tuple(Active(p.id, p.attempt, p.emitted) for p in self.placements.values())
+
+    def check(self) -> None:
+        """Holds belong to placements, queues to their states, counters to what they count."""
+        for member in self.members.values():
+            member.check()
+            for request_id, hold in member.holds.items():
+                placement = self.placements.get(request_id)
+                assert placement is not None and placement.attempt == hold.attempt, request_id
+                assert member.id in placement.workers()
+        for p in self.placements.values():
+            assert (p in self.queue) == (p.state is State.QUEUED), p.id
+            assert (p in self.choosing) == (p.state is State.CHOOSING), p.id
+        self.oracle.check()
+        self.index.check()
+
+
+class _Admission:
+    """`policy.admit.AdmitView` over the conductor."""
+
+    def __init__(self, conductor: Conductor, placement: Placement) -> None:
+        size = conductor.deployment.block_size
+        model = placement.request.model
+        able = [m.blocks_total for m in conductor.members.values() if m.hello.model == model]
+        self.queued = len(conductor.queue)
+        self.queue_max = conductor.limits.queue_max
+        self.blocks_needed = -(-placement.request.total_tokens_max // size)
+        self.blocks_max = max(able, default=0)

@@ -1,0 +1,231 @@
+"""The request node: the life of each request at its gateway, from arrival to the last token.
+
+Knows counts and where attempts run. Must not know token ids or text (the gateway around it keeps
+them), HTTP, or why a place was chosen. It is the only one that tries again: whatever goes wrong, it
+submits the next attempt with what has been emitted, so no token is lost and none comes twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from kvasir.core.effects import AnyEffect, Note, Refuse, Reply, Tell, Timer
+from kvasir.core.events import Closed, Recomputed
+from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.messages import (
+    Active, Alarm, AnyMessage, Arrive, Declined, Done, Ended, EndReason, GatewayBeat, Hangup, Lost,
+    Message, Placed, Prompt, Report, Start, Submit, Tokens, Usage,
+)  # fmt: skip
+from kvasir.core.request import Request
+
+BEAT = "beat"
+DEADLINE = "deadline:"
+
+
+class Life:
+    """One request. `emitted` output tokens stand at the gateway, in order, each once."""
+
+    __slots__ = (
+        "arrived_at", "attempt", "decode", "emitted", "first_at", "last_at", "path", "prefill",
+        "report", "request", "second_at", "submitted_at",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, now: float) -> None:
+        self.request = request
+        self.attempt = 1
+        self.emitted = 0
+        self.arrived_at = now
+        self.submitted_at = now
+        self.path = ""
+        self.prefill: WorkerId = ""
+        self.decode: WorkerId = ""
+        self.first_at: float | None = None
+        self.second_at: float | None = None
+        self.last_at: float | None = None
+        self.report: Report | None = None
+
+
+class Requests:
+    """State machine of one gateway's requests."""
+
+    def __init__(
+        self, gateway: NodeId, incarnation: int, *, beat_s: float, grace_s: float,
+        attempts_max: int, conductor: NodeId = CONDUCTOR,
+    ) -> None:  # fmt: skip
+        self.gateway = gateway
+        self.incarnation = incarnation
+        self.conductor = conductor
+        self.beat_s, self.grace_s, self.attempts_max = beat_s, grace_s, attempts_max
+        self.lives: dict[RequestId, Life] = {}
+        self._now = 0.0
+        self._out: list[AnyEffect] = []
+        self._handlers: dict[type[Message], Callable[[Any], None]] = {
+            Start: self._on_start, Alarm: self._on_alarm, Arrive: self._on_arrive,
+            Placed: self._on_placed, Tokens: self._on_tokens, Done: self._on_done,
+            Lost: self._on_lost, Declined: self._on_declined, Hangup: self._on_hangup,
+        }  # fmt: skip
+
+    def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
+        self._now, self._out = now, []
+        self._handlers[type(event)](event)
+        return self._out
+
+    def _on_start(self, event: Start) -> None:
+        self._out.append(Timer(BEAT, self._now + self.beat_s))
+
+    def _on_alarm(self, event: Alarm) -> None:
+        if event.name.startswith(DEADLINE):
+            life = self.lives.get(event.name.removeprefix(DEADLINE))
+            if life is not None:
+                self._out.append(Refuse(life.request.id, 504, "its deadline passed"))
+                self._close(life, "deadline")
+            return
+        active = tuple(
+            Active(life.request.id, life.attempt, life.emitted)
+            for life in self.lives.values()
+            if self._now - life.submitted_at > self.grace_s
+        )
+        self._tell(self.conductor, GatewayBeat(self.gateway, self.incarnation, active))
+        self._out.append(Timer(BEAT, self._now + self.beat_s))
+
+    # --- the usual way ----------------------------------------------------------------------------
+
+    def _on_arrive(self, event: Arrive) -> None:
+        request = event.request
+        assert request.id not in self.lives, request.id
+        life = self.lives[request.id] = Life(request, self._now)
+        if request.deadline_s is not None:
+            self._out.append(Timer(DEADLINE + request.id, request.deadline_s))
+        self._tell(self.conductor, Submit(request, life.attempt, 0))
+
+    def _on_placed(self, event: Placed) -> None:
+        life = self._current(event.request_id, event.attempt)
+        if life is None:
+            return
+        new = dict.fromkeys(w for w in (event.prefill, event.decode) if w)
+        for worker in new:
+            if worker not in (life.prefill, life.decode):
+                count = life.request.prompt_tokens + life.emitted
+                self._tell(worker, Prompt(event.request_id, event.attempt, count))
+        if not life.path:
+            life.path = event.path
+            self._out.append(Reply(event.request_id, 0, 0, path=event.path))
+        life.prefill, life.decode = event.prefill, event.decode
+
+    def _on_tokens(self, event: Tokens) -> None:
+        life = self._current(event.request_id, event.attempt)
+        if life is None:
+            return
+        if event.index > life.emitted:
+            self._again(life, "tokens were lost on the way")
+            return
+        new = event.index + event.count - life.emitted
+        if new <= 0:
+            return
+        if life.first_at is None:
+            life.first_at = self._now
+        elif life.second_at is None:
+            life.second_at = self._now
+        life.last_at = self._now
+        self._out.append(Reply(event.request_id, life.emitted, new))
+        life.emitted += new
+
+    def _on_done(self, event: Done) -> None:
+        life = self._current(event.request_id, event.attempt)
+        if life is None:
+            return
+        life.report = event.report
+        if event.output_tokens > life.emitted:
+            self._again(life, "tokens were lost on the way")
+        else:
+            self._close(life, event.reason)
+
+    # --- the other ways ---------------------------------------------------------------------------
+
+    def _on_lost(self, event: Lost) -> None:
+        life = self._current(event.request_id, event.attempt)
+        if life is not None:
+            self._again(life, event.reason)
+
+    def _again(self, life: Life, reason: str) -> None:
+        request = life.request
+        if life.emitted >= request.max_tokens:
+            self._close(life, "length")
+            return
+        if life.attempt >= self.attempts_max:
+            self._out.append(
+                Refuse(request.id, 503, f"gave up after {life.attempt} attempts: {reason}", 1.0)
+            )
+            self._close(life, "failed")
+            return
+        life.attempt += 1
+        life.submitted_at = self._now
+        if life.prefill:
+            lost = request.prompt_tokens + life.emitted
+            self._note(Recomputed(request.id, lost, "lost"))
+        life.prefill = life.decode = ""
+        self._tell(self.conductor, Submit(request, life.attempt, life.emitted))
+
+    def _on_declined(self, event: Declined) -> None:
+        life = self._current(event.request_id, event.attempt)
+        if life is None:
+            return
+        self._out.append(
+            Refuse(event.request_id, event.status, event.reason, event.retry_after_s)
+        )
+        self._close(life, "failed")
+
+    def _on_hangup(self, event: Hangup) -> None:
+        life = self.lives.get(event.request_id)
+        if life is not None:
+            self._close(life, event.reason)
+
+    def _close(self, life: Life, reason: EndReason) -> None:
+        del self.lives[life.request.id]
+        usage = usage_of(life)
+        ttft_s = life.first_at - life.arrived_at if life.first_at is not None else None
+        self._out.append(Reply(life.request.id, life.emitted, 0, path=life.path, end=reason))
+        self._tell(
+            self.conductor,
+            Ended(life.request.id, life.attempt, reason, usage, life.path, ttft_s),
+        )
+        self._note(
+            Closed(
+                life.request.id, life.request.model, life.path, reason, life.attempt,
+                usage.prompt_tokens, usage.cached_tokens, usage.output_tokens, ttft_s,
+                tpot_of(life), self._now - life.arrived_at,
+            )
+        )  # fmt: skip
+
+    # --- small things -----------------------------------------------------------------------------
+
+    def _current(self, request_id: RequestId, attempt: int) -> Life | None:
+        life = self.lives.get(request_id)
+        return life if life is not None and life.attempt == attempt else None
+
+    def _tell(self, to: NodeId, message: Message) -> None:
+        self._out.append(Tell(to, cast(AnyMessage, message)))
+
+    def _note(self, event: Any) -> None:
+        self._out.append(Note(event))
+
+    def check(self) -> None:
+        for request_id, life in self.lives.items():
+            assert life.request.id == request_id
+            assert 0 <= life.emitted <= life.request.max_tokens, (request_id, life.emitted)
+            assert 1 <= life.attempt <= self.attempts_max
+
+
+def usage_of(life: Life) -> Usage:
+    """Cached tokens come from where prefill ran, and are a part of the prompt's tokens."""
+    cached = life.report.prefill.cached_tokens if life.report is not None else 0
+    prompt = life.request.prompt_tokens
+    return Usage(prompt, min(cached, prompt), life.emitted)
+
+
+def tpot_of(life: Life) -> float | None:
+    """Mean seconds per output token after the first; None with fewer than two tokens."""
+    if life.first_at is None or life.last_at is None or life.emitted < 2:
+        return None
+    return (life.last_at - life.first_at) / (life.emitted - 1)

@@ -1,0 +1,111 @@
+"""One attempt as the worker that serves it sees it: counts, blocks and where it stands.
+
+    prompt --tokens came--> queue --admitted--> run --prefill over--> hold --shipped--> gone
+       |                                         |---last token----------------------> gone
+       '-decode phase: room --blocks--> kv --received--> run
+
+`gone` is not a state of its own: the attempt is dead, and its blocks are freed as soon as no step
+and no transfer touches them (quarantine).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from kvasir.core.ids import BlockId, BlockKey, StepId, WorkerId
+from kvasir.core.messages import Dispatch, PrefillReport
+
+
+class Stage(IntEnum):
+    PROMPT = 0  # dispatched; its tokens have not come yet
+    QUEUE = 1  # may run, holds no blocks
+    RUN = 2  # holds blocks, takes part in steps
+    HOLD = 3  # prefilled; its KV is leased to the decode side
+    ROOM = 4  # decode: waits for blocks
+    KV = 5  # decode: waits for its KV
+
+
+class Work:
+    """Mutable; owned by one `node.worker.Worker`. Satisfies `policy.batch.WorkView`.
+
+    `known` tokens exist, KV of `computed` of them stands in `blocks`. `out` is the output index of
+    the next token. `keys` name the leading full blocks; the first `committed` of them are in the
+    pool's cache.
+    """
+
+    __slots__ = (
+        "blocks", "cached", "committed", "computed", "computed_here", "dead", "dispatch",
+        "dispatched_at", "first_block", "first_step_s", "fresh", "has_prompt", "id",
+        "in_step", "inbound", "keys", "known", "lease_until", "out", "outbound", "preemptions",
+        "prefill", "prefilled_at", "queue_s", "ready_at", "received", "recomputed", "released",
+        "sent", "seq",
+        "stage", "started_at", "table_fresh", "tabled", "target", "transfer", "want",
+    )  # fmt: skip
+
+    def __init__(self, dispatch: Dispatch, now: float, seq: int) -> None:
+        self.dispatch = dispatch
+        self.id = dispatch.request.id
+        self.seq = seq  # order of arrival at this worker
+        self.stage = Stage.PROMPT if dispatch.phase != "decode" else Stage.ROOM
+        self.known = dispatch.input_tokens
+        self.computed = 0
+        self.out = dispatch.emitted
+        self.blocks: list[BlockId] = []
+        self.keys: list[BlockKey] = list(dispatch.request.keys)
+        self.committed = 0
+        self.cached = 0  # tokens that were there when prefill began
+        self.computed_here = 0
+        self.has_prompt = False
+        self.fresh = True
+        self.dead = False
+        self.released = False  # the world was told to forget it
+        self.received = False  # decode: its KV is here
+        self.in_step: StepId | None = None
+        self.inbound = False
+        self.outbound = False
+        self.tabled = 0  # leading blocks that the runner's table has
+        self.table_fresh = True
+        self.target: WorkerId = dispatch.target
+        self.want: int | None = None  # first logical block that the target lacks
+        self.sent = 0  # logical blocks up to here are on their way
+        self.first_block = 0  # decode: first logical block to receive
+        self.lease_until = float("inf")
+        self.dispatched_at = now
+        self.started_at: float | None = None
+        self.prefilled_at: float | None = None
+        self.ready_at = now
+        self.queue_s = 0.0
+        self.first_step_s = 0.0
+        self.preemptions = 0
+        self.recomputed = 0
+        self.prefill: PrefillReport | None = None
+        self.transfer: tuple[float, int, str] = (0.0, 0, "")
+
+    @property
+    def attempt(self) -> int:
+        return self.dispatch.attempt
+
+    @property
+    def phase(self) -> str:
+        return self.dispatch.phase
+
+    @property
+    def blocks_held(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def output_left(self) -> int:
+        """Tokens that may still be drawn here. A prefill worker draws one, or none."""
+        if self.dispatch.phase == "prefill":
+            return 0
+        return self.dispatch.request.max_tokens - self.out
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last known position yields a token on this worker."""
+        return self.dispatch.phase != "prefill" or self.dispatch.first_token == "prefill"
+
+    @property
+    def busy(self) -> bool:
+        """Something still reads or writes its blocks."""
+        return self.in_step is not None or self.inbound or self.outbound

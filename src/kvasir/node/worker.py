@@ -1,0 +1,713 @@
+"""The worker node: serves prefill, decode, or both, out of one block pool.
+
+Knows counts, blocks and deadlines. Must not know token ids (the runner has them), how KV travels, or
+which world it is in. The pool here is the truth; the conductor's picture of it is a guess.
+
+One step is in flight at most. Blocks that a step or a transfer touches are never freed: a dead
+attempt waits in quarantine until both are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import msgspec
+
+from kvasir.core.effects import (
+    AnyEffect, Cut, Fetch, Note, Release, Row, Send, Step, Tell, Timer,
+)  # fmt: skip
+from kvasir.core.events import Prefilled, Preempted, Recomputed, Shipped, TransferFailed
+from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, StepId, WorkerId
+from kvasir.core.messages import (
+    Abort, Accepted, Active, Alarm, AnyMessage, Capacity, Dispatch, Done, Drain, EndReason,
+    Finished, Hello, KvEvents, KvGone, KvResync, KvWant, Load, Location, Message, PrefillDone,
+    PrefillReport, Prompt, Received, Refused, Report, RowDone, SendOver, Start, StepDone,
+    TransferReport, Welcome,
+)  # fmt: skip
+from kvasir.kv.pool import BlockPool
+from kvasir.node.work import Stage, Work
+from kvasir.policy import batch, evict
+
+BEAT = "beat"
+ITERATION_WEIGHT = 0.2  # of the newest sample in the mean iteration time
+
+
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """All that a worker decides by; stands in the header of its journal. Seconds."""
+
+    worker: WorkerId
+    incarnation: int
+    roles: tuple[str, ...]
+    model: str
+    fingerprint: str
+    capacity: Capacity
+    location: Location = Location()
+    pool: str = ""
+    conductor: NodeId = CONDUCTOR
+    batch: str = "token_budget"
+    evict: str = "lru"
+    chunk_tokens: int = 8192
+    steps_max: int = 256
+    waiting_max: int = 4096
+    beat_s: float = 1.0
+    prompt_wait_s: float = 10.0
+    kv_wait_s: float = 120.0
+    lease_s: float = 120.0
+
+
+class Worker:
+    """State machine of one incarnation of one worker."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.capacity.kv_blocks, evict.EVICTS[config.evict])
+        self.works: dict[RequestId, Work] = {}
+        self.quarantine: dict[tuple[RequestId, int], Work] = {}
+        self.running: list[Work] = []
+        self.waiting: list[Work] = []
+        self.room: list[Work] = []
+        self.step: Step | None = None
+        self.epoch = 0
+        self.draining = False
+        self.iteration_s: float | None = None
+        self._decide = batch.BATCHES[config.batch]
+        self._step_works: list[Work] = []
+        self._step_started = 0.0
+        self._step_next: StepId = 1
+        self._cut_asked = False
+        self._seq = 0
+        self._kv_seq = 0
+        self._early: dict[tuple[RequestId, int], float] = {}
+        self._now = 0.0
+        self._out: list[AnyEffect] = []
+        self._handlers: dict[type[Message], Callable[[Any], None]] = {
+            Start: self._on_start, Welcome: self._on_welcome, Alarm: self._on_alarm,
+            Dispatch: self._on_dispatch, Prompt: self._on_prompt, Abort: self._on_abort,
+            Drain: self._on_drain, KvResync: self._on_resync, KvWant: self._on_want,
+            KvGone: self._on_gone, StepDone: self._on_step_done, Received: self._on_received,
+            SendOver: self._on_send_over,
+        }  # fmt: skip
+
+    def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
+        self._now, self._out = now, []
+        self._handlers[type(event)](event)
+        if self.room:
+            self._fill_room()
+        if self.step is None:
+            self._schedule()
+        self._tell_cache()
+        return self._out
+
+    # --- conductor --------------------------------------------------------------------------------
+
+    def _on_start(self, event: Start) -> None:
+        self._hello()
+        self._out.append(Timer(BEAT, self._now + self.config.beat_s))
+
+    def _hello(self) -> None:
+        c = self.config
+        self._tell(
+            c.conductor,
+            Hello(
+                worker=c.worker, incarnation=c.incarnation, roles=c.roles, model=c.model,
+                fingerprint=c.fingerprint, capacity=c.capacity, location=c.location, pool=c.pool,
+            ),
+        )  # fmt: skip
+
+    def _on_welcome(self, event: Welcome) -> None:
+        if self._stale(event.epoch):
+            return
+        if event.again:
+            self._hello()
+            self._reset_cache_events()
+
+    def _on_resync(self, event: KvResync) -> None:
+        if not self._stale(event.epoch):
+            self._reset_cache_events()
+
+    def _on_drain(self, event: Drain) -> None:
+        if not self._stale(event.epoch):
+            self.draining = True
+
+    def _on_alarm(self, event: Alarm) -> None:
+        assert event.name == BEAT, event.name
+        self._expire()
+        self._tell(self.config.conductor, self.load())
+        self._out.append(Timer(BEAT, self._now + self.config.beat_s))
+
+    def load(self) -> Load:
+        """The beat: what this worker knows of itself."""
+        return Load(
+            worker=self.config.worker,
+            incarnation=self.config.incarnation,
+            waiting=len(self.waiting) + len(self.room),
+            running=len(self.running),
+            kv_blocks_free=self.pool.available,
+            iteration_s=self.iteration_s,
+            active=tuple(Active(w.id, w.attempt, w.computed) for w in self.works.values()),
+            leases=sum(w.stage is Stage.HOLD for w in self.works.values()),
+            quarantined=len(self.quarantine),
+        )
+
+    def _stale(self, epoch: int) -> bool:
+        """True for a message of an older conductor; remembers the newest epoch."""
+        if epoch < self.epoch:
+            return True
+        self.epoch = epoch
+        return False
+
+    def _on_dispatch(self, event: Dispatch) -> None:
+        if self._stale(event.epoch):
+            return
+        request_id = event.request.id
+        old = self.works.get(request_id)
+        if old is not None and old.attempt >= event.attempt:
+            return  # a duplicate, or late
+        if old is not None:
+            self._kill(old)
+        reason = self._refusal(event)
+        if reason:
+            self._refuse(request_id, event.attempt, reason)
+            self._early.pop((request_id, event.attempt), None)
+            self._out.append(Release(request_id, event.attempt))
+            return
+        self._seq += 1
+        work = self.works[request_id] = Work(event, self._now, self._seq)
+        self._tell(
+            self.config.conductor, Accepted(self.config.worker, request_id, event.attempt)
+        )
+        if work.stage is Stage.ROOM:
+            self.room.append(work)
+        if self._early.pop((request_id, event.attempt), None) is not None:
+            self._got_prompt(work)
+
+    def _refusal(self, event: Dispatch) -> str:
+        size, total = self.config.capacity.block_size, self.config.capacity.kv_blocks
+        if self.draining:
+            return "draining"
+        if -(-(event.input_tokens + 1) // size) > total:
+            return "larger than this worker's KV memory"
+        if len(self.waiting) + len(self.room) >= self.config.waiting_max:
+            return "queue full"
+        return ""
+
+    def _on_abort(self, event: Abort) -> None:
+        if self._stale(event.epoch):
+            return
+        work = self.works.get(event.request_id)
+        if work is not None and work.attempt <= event.attempt:
+            self._kill(work)
+        elif self._early.pop((event.request_id, event.attempt), None) is not None:
+            self._out.append(Release(event.request_id, event.attempt))
+
+    # --- prompt and KV coming in ------------------------------------------------------------------
+
+    def _on_prompt(self, event: Prompt) -> None:
+        work = self.works.get(event.request_id)
+        if work is not None and work.attempt == event.attempt:
+            self._got_prompt(work)
+        elif (work is None or work.attempt < event.attempt) and (
+            len(self._early) < self.config.waiting_max
+        ):
+            self._early[event.request_id, event.attempt] = self._now
+        else:
+            self._out.append(Release(event.request_id, event.attempt))
+
+    def _got_prompt(self, work: Work) -> None:
+        if work.has_prompt:
+            return
+        work.has_prompt = True
+        if work.stage is Stage.PROMPT:
+            self._enqueue(work)
+        elif work.received:
+            self._join(work)
+
+    def _enqueue(self, work: Work) -> None:
+        work.stage = Stage.QUEUE
+        key = (work.dispatch.request.band, work.seq)
+        at = len(self.waiting)
+        while at and (self.waiting[at - 1].dispatch.request.band, self.waiting[at - 1].seq) > key:
+            at -= 1
+        self.waiting.insert(at, work)
+        self._cut()
+
+    def _fill_room(self) -> None:
+        """Give blocks to decode attempts in order of arrival, and ask for their KV."""
+        while self.room:
+            work = self.room[0]
+            size = self.config.capacity.block_size
+            hits = self._hits(work)
+            needed = -(-work.known // size)
+            headroom = len(self.running)  # a block for each running sequence to grow into
+            if self.pool.missing_for(hits, needed) + headroom > 0 and self.pool.held:
+                return
+            self.room.pop(0)
+            self._take_blocks(work, hits, needed)
+            work.stage, work.inbound, work.first_block = Stage.KV, True, len(hits)
+            inbound = tuple(work.blocks[len(hits) :])
+            deadline = self._now + self.config.kv_wait_s
+            self._out.append(
+                Fetch(
+                    work.id, work.attempt, work.dispatch.source, len(hits), inbound,
+                    self._bytes(len(inbound)), deadline, tuple(work.blocks),
+                )
+            )  # fmt: skip
+            work.tabled, work.table_fresh = len(work.blocks), False
+            self._tell(
+                work.dispatch.source,
+                KvWant(work.id, work.attempt, self.config.worker, len(hits)),
+            )
+
+    def _hits(self, work: Work) -> list[int]:
+        """Cached leading blocks; a position that still has to be run is never one of them."""
+        whole = work.stage is Stage.ROOM and work.dispatch.first_token == "prefill"
+        usable = work.known if whole else work.known - 1
+        return self.pool.match(work.keys[: usable // self.config.capacity.block_size])
+
+    def _take_blocks(self, work: Work, hits: list[int], needed: int) -> None:
+        self.pool.take(hits)
+        after = hits[-1] if hits else None
+        work.blocks = hits + self.pool.allocate(needed - len(hits), after)
+        work.committed = len(hits)
+        work.tabled, work.table_fresh = 0, True
+
+    def _on_received(self, event: Received) -> None:
+        work = self._find(event.request_id, event.attempt)
+        if work is None or not work.inbound:
+            return
+        work.inbound = False
+        if work.dead:
+            self._bury(work)
+        elif not event.ok:
+            self._note(TransferFailed(work.id, self.config.worker, event.reason))
+            self._give_up(work, event.reason)
+        else:
+            self._kv_here(work, event)
+
+    def _kv_here(self, work: Work, event: Received) -> None:
+        d = work.dispatch
+        work.received, work.ready_at = True, self._now
+        work.transfer = (event.seconds, event.bytes, event.transport)
+        work.prefill = event.report or PrefillReport(d.source, 0.0, 0.0, 0, 0)
+        work.computed = d.input_tokens
+        if d.first_token == "prefill":
+            work.known, work.out = work.known + 1, work.out + 1
+        else:
+            work.computed -= 1
+        self._commit(work)
+        c = self.config
+        self._tell(
+            c.conductor,
+            TransferReport(
+                work.id, work.attempt, d.source, c.worker, event.bytes, event.seconds,
+                event.transport,
+            ),
+        )  # fmt: skip
+        self._note(
+            Shipped(work.id, d.source, c.worker, event.bytes, event.seconds, event.transport)
+        )
+        if work.has_prompt:
+            self._join(work)
+
+    def _join(self, work: Work) -> None:
+        work.stage = Stage.RUN
+        self.running.append(work)
+        self._cut()
+
+    def _on_gone(self, event: KvGone) -> None:
+        work = self.works.get(event.request_id)
+        if work is not None and work.attempt == event.attempt and work.stage is Stage.KV:
+            self._give_up(work, event.reason)
+
+    # --- KV going out -----------------------------------------------------------------------------
+
+    def _on_want(self, event: KvWant) -> None:
+        work = self.works.get(event.request_id)
+        if work is None or work.attempt != event.attempt or work.phase != "prefill":
+            self._tell(event.target, KvGone(event.request_id, event.attempt, "kv gone"))
+            return
+        work.want, work.target = event.first_block, event.target
+        if work.stage is Stage.HOLD:
+            self._ship_rest(work)
+
+    def _ship_part(self, work: Work, until: int, step: StepId) -> None:
+        """Blocks that `step` completes leave layer by layer while it computes."""
+        first = max(work.sent, work.want or 0)
+        if work.want is None or until <= first:
+            return
+        blocks = tuple(work.blocks[first:until])
+        work.sent, work.outbound = until, True
+        self._out.append(
+            Send(
+                work.id, work.attempt, work.target, first, blocks, self._bytes(len(blocks)),
+                self._now + self.config.lease_s, step,
+            )
+        )  # fmt: skip
+
+    def _ship_rest(self, work: Work) -> None:
+        size = self.config.capacity.block_size
+        until = -(-work.dispatch.input_tokens // size)
+        first = max(work.sent, work.want or 0)
+        blocks = tuple(work.blocks[first:until])
+        work.sent, work.outbound = until, True
+        self._out.append(
+            Send(
+                work.id, work.attempt, work.target, first, blocks, self._bytes(len(blocks)),
+                work.lease_until, None, True, work.prefill,
+            )
+        )  # fmt: skip
+
+    def _on_send_over(self, event: SendOver) -> None:
+        work = self._find(event.request_id, event.attempt)
+        if work is None or not work.outbound:
+            return
+        work.outbound = False
+        if work.dead:
+            self._bury(work)
+        elif event.ok:
+            self._kill(work)
+        else:
+            self._give_up(work, "transfer failed")
+
+    def _bytes(self, blocks_count: int) -> int:
+        c = self.config.capacity
+        return blocks_count * c.block_size * c.kv_token_bytes
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        """Ask the policy for a batch and start it. Each pass that starts nothing preempts one."""
+        while self.running or self.waiting:
+            plan = self._decide(_Window(self))
+            chosen = [(w, c) for w, c in zip(self.running, plan.counts, strict=True) if c]
+            entering = self.waiting[: len(plan.admitted)]
+            for work in [self.running[i] for i in plan.preempted]:
+                self._preempt(work)
+            if chosen or entering:
+                self._start_step(plan, chosen, entering)
+            if self.step is not None or not plan.preempted:
+                return
+
+    def _start_step(
+        self, plan: batch.Batch, chosen: list[tuple[Work, int]], entering: list[Work]
+    ) -> None:
+        step_id, rows, works = self._step_next, list[Row](), list[Work]()
+        for work, count in chosen:
+            if self._grow(work, work.computed + count + plan.steps - 1):
+                works.append(work)
+                rows.append(self._row(work, count, step_id))
+        del self.waiting[: len(entering)]
+        for work, count in zip(entering, plan.admitted, strict=True):
+            self._enter(work)
+            works.append(work)
+            rows.append(self._row(work, min(count, work.known - work.computed), step_id))
+        if rows:
+            self._step_next += 1
+            self.step = Step(step_id, tuple(rows), plan.steps)
+            self._step_works, self._step_started, self._cut_asked = works, self._now, False
+            self._out.append(self.step)
+
+    def _enter(self, work: Work) -> None:
+        """From the queue into the running set, with blocks for all known tokens."""
+        size = self.config.capacity.block_size
+        hits = self._hits(work)
+        self._take_blocks(work, hits, -(-work.known // size))
+        work.computed = len(hits) * size
+        work.stage = Stage.RUN
+        if work.started_at is None:
+            work.started_at = self._now
+            work.queue_s = self._now - work.dispatched_at
+            work.cached = work.computed
+        self.running.append(work)
+
+    def _grow(self, work: Work, tokens: int) -> bool:
+        """Blocks for `tokens` tokens. False when a preempted sequence's blocks were shared and so
+        did not become free: the row sits this step out."""
+        missing = -(-tokens // self.config.capacity.block_size) - len(work.blocks)
+        if missing > self.pool.available:
+            return False
+        if missing > 0:
+            after = work.blocks[-1] if work.blocks else None
+            work.blocks += self.pool.allocate(missing, after)
+        return True
+
+    def _row(self, work: Work, count: int, step_id: StepId) -> Row:
+        d = work.dispatch
+        end = work.computed + count
+        if d.phase == "prefill":
+            size = self.config.capacity.block_size
+            until = len(work.blocks) if end == work.known else end // size
+            self._ship_part(work, until, step_id)
+        if work.started_at is None:
+            work.started_at = self._now
+            work.queue_s = self._now - work.ready_at
+        work.in_step = step_id
+        sample = end == work.known and work.samples
+        row = Row(
+            work.id, work.attempt, work.computed, count, tuple(work.blocks[work.tabled :]),
+            work.table_fresh, sample, work.out if sample else -1, d.request.max_tokens,
+            d.request.gateway, d.request.sampling if sample else None,
+        )  # fmt: skip
+        work.tabled, work.table_fresh = len(work.blocks), False
+        return row
+
+    def _preempt(self, work: Work) -> None:
+        """Give its blocks up; it will be recomputed. One that is being shipped is lost instead."""
+        if work.outbound:
+            self._give_up(work, "preempted while its KV was shipped")
+            return
+        self._note(Preempted(self.config.worker, work.id, work.computed))
+        self._note(Recomputed(work.id, work.computed, "preempted"))
+        work.preemptions += 1
+        work.recomputed += work.computed
+        self.running.remove(work)
+        self.pool.free(work.blocks)
+        work.blocks, work.computed, work.committed, work.fresh = [], 0, 0, True
+        self._enqueue(work)
+
+    def _on_step_done(self, event: StepDone) -> None:
+        step, works = self.step, self._step_works
+        if step is None or step.id != event.step:
+            return
+        self.step, self._step_works = None, []
+        self._measure(step, event.steps_done)
+        for row, done, work in zip(step.rows, event.rows, works, strict=True):
+            work.in_step = None
+            if work.dead:
+                self._bury(work)
+            else:
+                self._advance(work, row, done, event.steps_done)
+
+    def _measure(self, step: Step, steps_done: int) -> None:
+        if all(row.count == 1 for row in step.rows) and steps_done:
+            sample = (self._now - self._step_started) / steps_done
+            old = self.iteration_s
+            self.iteration_s = (
+                sample if old is None else old + ITERATION_WEIGHT * (sample - old)
+            )
+
+    def _advance(self, work: Work, row: Row, done: RowDone, steps_done: int) -> None:
+        added = row.count + steps_done - 1
+        work.computed += added
+        work.computed_here += added
+        work.known += done.sampled
+        work.out += done.sampled
+        work.keys.extend(done.keys)
+        self._commit(work)
+        if work.phase == "decode" and work.fresh and not work.preemptions:
+            work.first_step_s = self._now - (work.started_at or self._now)
+        work.fresh = False
+        if work.prefill is None and work.computed >= work.dispatch.input_tokens:
+            self._prefilled(work, ended=bool(done.end))
+        if done.end:
+            self._finish(work, done.end)
+
+    def _commit(self, work: Work) -> None:
+        full = min(work.computed // self.config.capacity.block_size, len(work.keys))
+        for i in range(work.committed, full):
+            self.pool.commit(work.blocks[i], work.keys[i])
+        work.committed = max(work.committed, full)
+
+    def _prefilled(self, work: Work, *, ended: bool) -> None:
+        started = work.started_at if work.started_at is not None else self._now
+        work.prefill = PrefillReport(
+            self.config.worker, work.queue_s, self._now - started, work.cached, work.computed_here
+        )
+        report = work.prefill
+        self._note(
+            Prefilled(
+                report.worker, work.id, report.queue_s, report.prefill_s, report.cached_tokens,
+                report.computed_tokens,
+            )
+        )  # fmt: skip
+        if ended:
+            return
+        c = self.config
+        self._tell(c.conductor, PrefillDone(c.worker, work.id, work.attempt, report))
+        if work.phase == "prefill":
+            self.running.remove(work)
+            work.stage = Stage.HOLD
+            work.lease_until = self._now + c.lease_s
+            if work.want is not None:
+                self._ship_rest(work)
+
+    def _finish(self, work: Work, reason: EndReason) -> None:
+        report = self._report(work)
+        gateway, c = work.dispatch.request.gateway, self.config
+        self._tell(gateway, Done(work.id, work.attempt, reason, work.out, report))
+        self._tell(
+            c.conductor, Finished(c.worker, work.id, work.attempt, reason, work.out, report)
+        )
+        self._kill(work)
+
+    def _report(self, work: Work) -> Report:
+        seconds, nbytes, transport = work.transfer
+        decode = work.phase == "decode"
+        prefill = work.prefill or PrefillReport(work.dispatch.source, 0.0, 0.0, 0, 0)
+        return Report(
+            prefill=prefill, decode_worker=self.config.worker, transfer_s=seconds,
+            transfer_bytes=nbytes, transport=transport,
+            decode_queue_s=work.queue_s if decode else 0.0, first_step_s=work.first_step_s,
+            preemptions=work.preemptions, recomputed_tokens=work.recomputed,
+        )  # fmt: skip
+
+    def _cut(self) -> None:
+        """Something can join: end a long run of decode steps after its current iteration."""
+        if self.step is not None and self.step.steps > 1 and not self._cut_asked:
+            self._cut_asked = True
+            self._out.append(Cut(self.step.id))
+
+    # --- the end of an attempt --------------------------------------------------------------------
+
+    def _give_up(self, work: Work, reason: str) -> None:
+        self._refuse(work.id, work.attempt, reason)
+        self._kill(work)
+
+    def _refuse(self, request_id: RequestId, attempt: int, reason: str) -> None:
+        c = self.config
+        self._tell(c.conductor, Refused(c.worker, request_id, attempt, reason))
+
+    def _kill(self, work: Work) -> None:
+        """The attempt is over here. Its blocks are free now, or when nothing touches them."""
+        assert not work.dead
+        work.dead = True
+        if self.works.get(work.id) is work:
+            del self.works[work.id]
+        for queue in (self.running, self.waiting, self.room):
+            if work in queue:
+                queue.remove(work)
+        self.quarantine[work.id, work.attempt] = work
+        if work.in_step is not None:
+            self._cut()
+        self._bury(work)
+
+    def _bury(self, work: Work) -> None:
+        if work.in_step is not None:
+            return
+        if not work.released:
+            work.released = True
+            self._out.append(Release(work.id, work.attempt))
+        if work.busy:
+            return
+        del self.quarantine[work.id, work.attempt]
+        self.pool.free(work.blocks)
+        work.blocks = []
+
+    def _find(self, request_id: RequestId, attempt: int) -> Work | None:
+        work = self.works.get(request_id)
+        if work is not None and work.attempt == attempt:
+            return work
+        return self.quarantine.get((request_id, attempt))
+
+    def _expire(self) -> None:
+        """Nothing waits for ever: prompts, KV and leases have their limits."""
+        c, now = self.config, self._now
+        for work in list(self.works.values()):
+            waited = now - work.dispatched_at
+            if not work.has_prompt and waited > c.prompt_wait_s:
+                self._give_up(work, "its prompt did not come")
+            elif work.stage in (Stage.ROOM, Stage.KV) and waited > c.kv_wait_s:
+                self._give_up(work, "its KV did not come")
+            elif work.stage is Stage.HOLD and now > work.lease_until:
+                self._give_up(work, "its lease ended")
+        for key, since in list(self._early.items()):
+            if now - since > c.prompt_wait_s:
+                del self._early[key]
+                self._out.append(Release(*key))
+
+    # --- telling ----------------------------------------------------------------------------------
+
+    def _tell(self, to: NodeId, message: Message) -> None:
+        self._out.append(Tell(to, cast(AnyMessage, message)))
+
+    def _note(self, event: Any) -> None:
+        self._out.append(Note(event))
+
+    def _tell_cache(self) -> None:
+        added, removed = self.pool.changes()
+        if added or removed:
+            c = self.config
+            self._kv_seq += 1
+            self._tell(
+                c.conductor, KvEvents(c.worker, c.incarnation, self._kv_seq, added, removed)
+            )
+
+    def _reset_cache_events(self) -> None:
+        self.pool.changes()
+        c = self.config
+        self._kv_seq += 1
+        keys = tuple(self.pool.all_keys())
+        self._tell(
+            c.conductor, KvEvents(c.worker, c.incarnation, self._kv_seq, keys, (), reset=True)
+        )
+
+    def check(self) -> None:
+        """Block counts, stages and queues agree."""
+        self.pool.check()
+        owners = [*self.works.values(), *self.quarantine.values()]
+        refs: dict[int, int] = {}
+        for work in owners:
+            for block in work.blocks:
+                refs[block] = refs.get(block, 0) + 1
+        assert len(refs) == self.pool.held, (len(refs), self.pool.held)
+        assert all(self.pool.refs(b) == n for b, n in refs.items())
+        for work in self.works.values():
+            assert not work.dead
+            assert (work in self.running) == (work.stage is Stage.RUN), work.id
+            assert (work in self.waiting) == (work.stage is Stage.QUEUE), work.id
+            assert (work in self.room) == (work.stage is Stage.ROOM), work.id
+            assert work.blocks or work.stage in (Stage.PROMPT, Stage.QUEUE, Stage.ROOM)
+        assert all(w.dead and w.busy for w in self.quarantine.values())
+
+
+class _Window:
+    """The batch policy's view: the worker's own state, read-only, nothing copied."""
+
+    __slots__ = ("_worker",)
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    @property
+    def running(self) -> Sequence[Work]:
+        return self._worker.running
+
+    @property
+    def waiting(self) -> Sequence[Work]:
+        return self._worker.waiting
+
+    @property
+    def blocks_available(self) -> int:
+        return self._worker.pool.available
+
+    @property
+    def block_size(self) -> int:
+        return self._worker.config.capacity.block_size
+
+    @property
+    def batch_max(self) -> int:
+        return self._worker.config.capacity.batch_max
+
+    @property
+    def batch_tokens_max(self) -> int:
+        return self._worker.config.capacity.batch_tokens_max
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._worker.config.chunk_tokens
+
+    @property
+    def steps_max(self) -> int:
+        return self._worker.config.steps_max
+
+    def admission(self, index: int) -> batch.Admission:
+        worker = self._worker
+        work = worker.waiting[index]
+        size = worker.config.capacity.block_size
+        hits = worker._hits(work)
+        needed = -(-work.known // size)
+        missing = worker.pool.missing_for(hits, needed)
+        return batch.Admission(len(hits) * size, missing + worker.pool.available)
+
+

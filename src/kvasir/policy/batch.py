@@ -1,0 +1,149 @@
+"""What a worker runs next: one token budget, no phases (vLLM v1; Sarathi, arXiv 2403.02310).
+
+Running sequences come first, oldest first, each with the tokens that it still has to compute; then
+waiting ones enter with what is left of the budget. A decode therefore never waits for more than one
+chunk. When blocks run out the youngest running sequence is preempted and recomputed later.
+Knows counts of tokens and blocks; nothing of tensors, requests' content or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
+
+
+class WorkView(Protocol):
+    """One sequence. `known` tokens exist (input and generated), KV of `computed` of them stands in
+    `blocks_held` blocks. `output_left` tokens may still be drawn; `fresh` until its first step."""
+
+    @property
+    def computed(self) -> int: ...
+    @property
+    def known(self) -> int: ...
+    @property
+    def blocks_held(self) -> int: ...
+    @property
+    def output_left(self) -> int: ...
+    @property
+    def fresh(self) -> bool: ...
+
+
+class BatchView(Protocol):
+    """`running` hold blocks, oldest first. `waiting` hold none; `admission(i)` says how many cached
+    tokens the i-th would start with and how many blocks must be available for all its tokens."""
+
+    @property
+    def running(self) -> Sequence[WorkView]: ...
+    @property
+    def waiting(self) -> Sequence[WorkView]: ...
+    @property
+    def blocks_available(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def batch_max(self) -> int: ...
+    @property
+    def batch_tokens_max(self) -> int: ...
+    @property
+    def chunk_tokens(self) -> int: ...
+    @property
+    def steps_max(self) -> int: ...
+
+    def admission(self, index: int) -> Admission: ...
+
+
+class Admission(NamedTuple):
+    cached_tokens: int
+    blocks_needed: int
+
+
+class Batch(NamedTuple):
+    """`counts[i]` new tokens for the i-th running sequence (0: it sits this step out);
+    `admitted[j]` for the j-th waiting one. `preempted` are indices into running. An empty batch
+    with nothing preempted means that nothing can run."""
+
+    counts: tuple[int, ...]
+    admitted: tuple[int, ...]
+    preempted: tuple[int, ...]
+    steps: int
+
+
+def token_budget(view: BatchView) -> Batch:
+    """Fill the budget: running first, then waiting in order, first come first served."""
+    counts, preempted, blocks, budget = _run(view)
+    decoding = [w for w, c in zip(view.running, counts, strict=True) if c]
+    plain = all(w.known - w.computed == 1 and w.output_left > 0 for w in decoding)
+    room = view.batch_max - len(decoding)
+    admitted = () if preempted else _admit(view, budget, blocks, room)
+    steps = 1
+    if plain and decoding and not admitted:
+        steps = _steps(view, decoding, blocks)
+    return Batch(tuple(counts), admitted, tuple(preempted), steps)
+
+
+def _run(view: BatchView) -> tuple[list[int], list[int], int, int]:
+    """Counts for running sequences; the youngest are preempted until the older ones fit."""
+    running, size = view.running, view.block_size
+    budget, blocks = view.batch_tokens_max, view.blocks_available
+    counts = [0] * len(running)
+    preempted: list[int] = []
+    last = len(running)
+    i = 0
+    while i < last and budget > 0:
+        work = running[i]
+        count = min(work.known - work.computed, budget, view.chunk_tokens)
+        need = -(-(work.computed + count) // size) - work.blocks_held
+        while need > blocks and last > i + 1:
+            last -= 1
+            preempted.append(last)
+            blocks += running[last].blocks_held
+        if need > blocks:
+            preempted.append(i)
+            blocks += work.blocks_held
+            last = i
+            break
+        counts[i] = count
+        budget -= count
+        blocks -= max(need, 0)
+        i += 1
+    return counts, preempted, blocks, budget
+
+
+def _admit(view: BatchView, budget: int, blocks: int, room: int) -> tuple[int, ...]:
+    admitted: list[int] = []
+    for index in range(len(view.waiting)):
+        if budget <= 0 or room <= 0:
+            break
+        cached, needed = view.admission(index)
+        if needed > blocks:
+            break  # first come first served: nobody overtakes
+        count = min(view.waiting[index].known - cached, budget, view.chunk_tokens)
+        admitted.append(count)
+        budget -= count
+        blocks -= needed
+        room -= 1
+    return tuple(admitted)
+
+
+def _steps(view: BatchView, decoding: Sequence[WorkView], blocks: int) -> int:
+    """Iterations that need nobody's attention, with every block they can need at hand.
+
+    `blocks` is what is left after the first iteration. A sequence's first step stands alone, so
+    that its first token is reported when it is drawn.
+    """
+    if any(w.fresh for w in decoding):
+        return 1
+    steps = min(view.steps_max, min(w.output_left for w in decoding))
+    size = view.block_size
+    while steps > 1:
+        more = sum(
+            max(0, -(-(w.computed + steps) // size) - max(w.blocks_held, -(-(w.computed + 1) // size)))
+            for w in decoding
+        )
+        if more <= blocks:
+            break
+        steps //= 2
+    return steps
+
+
+BATCHES: Final[dict[str, Callable[[BatchView], Batch]]] = {"token_budget": token_budget}
