@@ -1,6 +1,6 @@
 """Writes the model that ships with the package: `python tools/make_tiny_model.py`.
 
-91 thousand random parameters of Qwen3 shape in float32, one token per byte. The same libraries give
+95 thousand random parameters of Qwen3 shape in float32, one token per byte. The same libraries give
 the same bytes.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 from kvasir.core.errors import ConfigError, nearest
@@ -25,6 +26,7 @@ def load_deployment(name_or_path: str | Path) -> Deployment:
 
     Raises ConfigError: no such name or file, unreadable, or wrong inside.
     """
+    from kvasir.cost.catalog import CATALOG
     from kvasir.policy.admit import ADMITS
     from kvasir.policy.batch import BATCHES
     from kvasir.policy.evict import EVICTS
@@ -40,6 +42,7 @@ def load_deployment(name_or_path: str | Path) -> Deployment:
         known_batches=BATCHES,
         known_admits=ADMITS,
         known_evicts=EVICTS,
+        known_shapes=CATALOG,
     )
 
 
@@ -73,7 +76,7 @@ def _read(path: Path, names: list[str]) -> str:
 def _neighbours(path: Path) -> list[str]:
     """YAML files beside a path that does not exist."""
     try:
-        beside = [p for p, _ in zip(path.parent.iterdir(), range(NEIGHBOURS_MAX), strict=False)]
+        beside = list(islice(path.parent.iterdir(), NEIGHBOURS_MAX))
     except OSError:
         return []
     return [str(p) for p in beside if p.suffix in (".yaml", ".yml")]

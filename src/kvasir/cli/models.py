@@ -1,11 +1,17 @@
-"""A HuggingFace model folder as a deployment. Reads `config.json` and nothing of the weights."""
+"""Model folders of a deployment. Reads `config.json` and nothing of the weights.
+
+A path is a folder, or the name of the model that comes with the package (`tiny`).
+"""
 
 from __future__ import annotations
 
 import json
+from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from kvasir.cli.files import bundled
 from kvasir.core.errors import ModelError, nearest
 from kvasir.core.specs import Deployment, ModelShape, ModelSpec
 from kvasir.core.units import GIB
@@ -39,12 +45,55 @@ def with_model(base: Deployment, folder: Path) -> Deployment:
     return base.model_copy(update={"name": model.name, "models": (model,), "pools": pools})
 
 
+def with_folders(deployment: Deployment) -> Deployment:
+    """Every model with a folder that can be served and with the shape that its config gives.
+
+    Raises ModelError.
+    """
+    return _with_models(deployment, [_found(m) for m in deployment.models])
+
+
+def with_shapes(deployment: Deployment) -> Deployment:
+    """Shapes from the folders of models that give a path and no shape. Raises ModelError."""
+    models = [_shaped(m, m.path) if m.path else m for m in deployment.models]
+    return _with_models(deployment, models)
+
+
+def model_folder(path: str) -> Path:
+    """The package's own model of that name, else the path."""
+    own = Path(str(files("kvasir") / "models" / path))
+    return own if path and path == own.name and own.is_dir() else Path(path)
+
+
+def _with_models(deployment: Deployment, models: list[ModelSpec]) -> Deployment:
+    return deployment.model_copy(update={"models": tuple(models)})
+
+
+def _found(model: ModelSpec) -> ModelSpec:
+    if model.path is None:
+        raise ModelError(
+            f"model {model.name!r} has no path, so there is nothing to serve",
+            next_step="set its `path` to a HuggingFace folder",
+        )
+    folder = model_folder(model.path)
+    _config(folder)
+    _need(folder, "tokenizer.json")
+    return _shaped(model, model.path).model_copy(update={"path": str(folder)})
+
+
+def _shaped(model: ModelSpec, path: str) -> ModelSpec:
+    if model.shape is not None:
+        return model
+    folder = model_folder(path)
+    shape = ModelShape.from_hf(_config(folder), where=str(folder / "config.json"))
+    return model.model_copy(update={"shape": shape})
+
+
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        near = nearest(str(folder), _beside(folder.parent, folders=True))
         raise ModelError(
             f"no model folder {str(folder)!r}",
-            nearest=near,
+            nearest=nearest(str(folder), [*bundled(), *_models_beside(folder)]),
             next_step="give a HuggingFace folder: config.json, tokenizer.json, *.safetensors",
         )
     path = _need(folder, "config.json")
@@ -66,15 +115,18 @@ def _need(folder: Path, name: str) -> Path:
     raise ModelError(
         f"no {name} in the model folder",
         where=str(folder),
-        nearest=nearest(name, _beside(folder, folders=False)),
+        nearest=nearest(name, [p.name for p in _inside(folder) if p.is_file()]),
         next_step="give a HuggingFace folder: config.json, tokenizer.json, *.safetensors",
     )
 
 
-def _beside(folder: Path, *, folders: bool) -> list[str]:
-    """Names in a folder; paths of its sub-folders when `folders`."""
+def _models_beside(folder: Path) -> list[str]:
+    return [str(p) for p in _inside(folder.parent) if (p / "config.json").is_file()]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Up to NAMES_MAX entries; none when the folder cannot be listed."""
     try:
-        inside = [p for p, _ in zip(folder.iterdir(), range(NAMES_MAX), strict=False)]
+        return list(islice(folder.iterdir(), NAMES_MAX))
     except OSError:
         return []
-    return [str(p) if folders else p.name for p in inside if p.is_dir() == folders]

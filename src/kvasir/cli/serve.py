@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import App
 
 if TYPE_CHECKING:
-    from kvasir.core.specs import Deployment
+    from kvasir.core.specs import Deployment, Role
 
 app = App(name="serve")
 
@@ -34,8 +34,7 @@ def serve(
     Parameters
     ----------
     model
-        A HuggingFace folder, a deployment file, or the name of a bundled deployment (default:
-        ./kvasir.yaml, else local: a tiny model, 1 prefill and 2 decode workers).
+        HuggingFace folder, deployment file or bundled name (default: ./kvasir.yaml, else local).
     prefill
         Number of prefill workers.
     decode
@@ -57,13 +56,15 @@ def serve(
     record
         Folder for a recording that `kvasir verify` re-runs.
     """
+    from kvasir.cli.models import with_folders
     from kvasir.cli.overrides import changed, with_counts, with_policy
 
     flags = {"engine": engine, "transport.kind": transport, "first_token": first_token}
-    deployment = with_counts(_deployment(model), {"prefill": prefill, "decode": decode, "mixed": mixed})
-    deployment = with_policy(deployment, policy)
+    counts: dict[Role, int | None] = {"prefill": prefill, "decode": decode, "mixed": mixed}
+    deployment = with_policy(with_counts(_deployment(model), counts), policy)
     deployment = changed(deployment, {k: v for k, v in flags.items() if v is not None}, "flags")
     _check_engine(deployment)
+    deployment = with_folders(deployment)
 
     from kvasir.runtime.serve import run
 
@@ -72,11 +73,12 @@ def serve(
 
 def _deployment(model: str | None) -> Deployment:
     from kvasir.cli.files import bundled, chosen, load_deployment
-    from kvasir.cli.models import with_model
+    from kvasir.cli.models import model_folder, with_model
 
     name = chosen(model, "local")
-    file = name in bundled() or Path(name).suffix in (".yaml", ".yml")
-    return load_deployment(name) if file else with_model(load_deployment("local"), Path(name))
+    if name in bundled() or Path(name).suffix in (".yaml", ".yml"):
+        return load_deployment(name)
+    return with_model(load_deployment("local"), model_folder(name))
 
 
 def _check_engine(deployment: Deployment) -> None:

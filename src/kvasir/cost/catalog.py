@@ -111,9 +111,9 @@ CATALOG: Final[Mapping[str, Config]] = {
     ),
     "deepseek-v3": _latent(61, 7168, 128, 129280, 163840, 256, 1, 8, 2048, 18432),
     "kimi-k2": _latent(61, 7168, 64, 163840, 131072, 384, 1, 8, 2048, 18432),
-    "tiny": _llama(
-        2, 64, 4, 2, 128, vocab=512, context=2048, tie_word_embeddings=True,
-        torch_dtype="float32",
+    "tiny": _llama(  # the model that comes with the package
+        2, 64, 4, 2, 96, vocab=259, context=4096, architecture="Qwen3ForCausalLM",
+        head_dim=16, torch_dtype="float32",
     ),
 }  # fmt: skip
 

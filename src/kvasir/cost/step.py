@@ -24,10 +24,9 @@ from typing import NamedTuple
 import msgspec
 
 from kvasir.core.errors import ConfigError
-from kvasir.core.specs.deployment import Deployment, FittedCost, PoolSpec
+from kvasir.core.specs.deployment import FittedCost
 from kvasir.core.specs.hardware import HardwareSpec
 from kvasir.core.specs.model import DTYPE_BYTES, ModelShape
-from kvasir.cost.catalog import shape_of
 
 Row = tuple[int, int]  # new tokens, context before them
 
@@ -254,17 +253,6 @@ def _mlp_parts(shape: ModelShape) -> tuple[int, int]:
     matrices = 3 if shape.gated_mlp else 2
     expert = matrices * shape.hidden * shape.intermediate
     return expert, everything - shape.experts * expert
-
-
-def cost_of(deployment: Deployment, pool: PoolSpec) -> StepModel:
-    """The step model of a pool: its fitted constants if given, else the roofline.
-
-    Raises ConfigError for a model without a known shape.
-    """
-    if pool.cost is not None:
-        return Fitted(pool.cost)
-    shape = shape_of(deployment.model_of(pool))
-    return Roofline(shape, deployment.hardware_of(pool), pool.tp, pool.pp)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class PagedBatch:
         at = 0
         for span, reach in zip(self._spans, reaches, strict=True):
             to = at + span.count
-            k, v = (self._read(plane, reach) for plane in cache)
+            k, v = self._read(cache.key, reach), self._read(cache.value, reach)
             out[at:to] = _attend_one(query[:, :, at:to], k, v, reach, scale)
             at = to
         return out.unsqueeze(0)

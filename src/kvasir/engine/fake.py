@@ -132,8 +132,9 @@ def running_hash(before: np.uint64, tokens: Words) -> Words:
     h(j) = M^j * (before + sum over i <= j of (token(i) + 1) * C * M^-i), all mod 2^64.
     """
     count = len(tokens)
-    up = np.cumprod(np.full(count, M, dtype=np.uint64))
-    down = np.cumprod(np.full(count, pow(M, -1, BITS + 1), dtype=np.uint64))
+    up = np.cumprod(np.full(count, M, dtype=np.uint64), dtype=np.uint64)
+    inverse = pow(M, -1, BITS + 1)
+    down = np.cumprod(np.full(count, inverse, dtype=np.uint64), dtype=np.uint64)
     terms: Words = (tokens + np.uint64(1)) * np.uint64(C) * down
     hashes: Words = np.cumsum(terms, dtype=np.uint64)
     hashes += before

@@ -1,4 +1,4 @@
-"""One choice of an answer while it grows: tokens in; events or text out. Knows no desk, no socket."""
+"""One choice of an answer while it grows: tokens in, events or text out. Knows no desk."""
 
 from __future__ import annotations
 

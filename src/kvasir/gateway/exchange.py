@@ -22,7 +22,7 @@ from kvasir.gateway.answer import Answer, timing_of, usage_of
 from kvasir.gateway.errors import Header, HttpError, Refused, of_end, of_fail, of_status
 from kvasir.gateway.fanin import Tagged, merge
 from kvasir.gateway.openai import Plan
-from kvasir.gateway.port import Desk, EndPiece, PlacedPiece, TokensPiece
+from kvasir.gateway.port import Desk, EndPiece, Pieces, PlacedPiece, TokensPiece
 from kvasir.gateway.schema import (
     ChatAnswer,
     ChatChoice,
@@ -100,7 +100,7 @@ class Line:
         self._watcher = asyncio.create_task(self._watch())
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self, kind: type[BaseException] | None, _: BaseException | None, at: TracebackType | None
     ) -> bool:
         """Swallows the cancellation that it caused itself, and no other."""
         self._watcher.cancel()
@@ -166,21 +166,19 @@ class Exchange:
         finally:
             await pieces.aclose()
 
-    async def _pump(self, pieces: object) -> None:
+    async def _pump(self, pieces: Pieces | AsyncGenerator[Tagged, None]) -> None:
         left = len(self._answers)
-        alone = self._answers[0]
-        async for piece in pieces:  # type: ignore[attr-defined]
-            answer = alone
-            if type(piece) is Tagged:
+        answer = self._answers[0]
+        async for piece in pieces:
+            if isinstance(piece, Tagged):
                 answer, piece = self._answers[piece.index], piece.piece
-            kind = type(piece)
-            if kind is TokensPiece:
+            if isinstance(piece, TokensPiece):
                 await self._tokens(answer, piece.tokens)
-            elif kind is PlacedPiece:
+            elif isinstance(piece, PlacedPiece):
                 answer.place(piece)
                 if self._shared is not None and not self._reply.opened:
                     await self._reply.open_events(piece.path)
-            elif kind is EndPiece:
+            elif isinstance(piece, EndPiece):
                 left -= 1
                 await self._end(answer, piece, left)
                 if not left:
@@ -190,19 +188,19 @@ class Exchange:
         raise Refused(of_status(503, "the answer broke off"))
 
     async def _tokens(self, answer: Answer, tokens: tuple[int, ...]) -> None:
-        stopped = answer.stopped
+        was_stopped = answer.stopped
         events = answer.take(tokens)
         if events:
             await self._reply.write(events)
         now = self._clock()
-        if answer.last_at is None:
-            self._metrics.first_token(now - self._began, answer.path, answer.ask.model)
-            self._metrics.token_gap(0.0, len(tokens) - 1)
+        if answer.last_at is not None:
+            self._metrics.token_gap(now - answer.last_at, len(tokens) - 1)
         else:
-            self._metrics.token_gap(now - answer.last_at)
-            self._metrics.token_gap(0.0, len(tokens) - 1)
+            self._metrics.first_token(now - self._began, answer.path, answer.ask.model)
+            if len(tokens) > 1:
+                self._metrics.token_gap(0.0, len(tokens) - 2)
         answer.last_at = now
-        if answer.stopped and not stopped:
+        if answer.stopped and not was_stopped:
             self._desk.stop(answer.ask.request_id)
 
     async def _end(self, answer: Answer, piece: EndPiece, left: int) -> None:
@@ -264,5 +262,3 @@ class Exchange:
             kvasir=timing_of(self._answers) if self._plan.timing else msgspec.UNSET,
         )
 
-
-PieceStream = AsyncGenerator[Tagged, None]

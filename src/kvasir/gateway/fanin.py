@@ -37,6 +37,8 @@ async def merge(sources: Sequence[Pieces]) -> AsyncGenerator[Tagged, None]:
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+        for source in sources:
+            await source.aclose()
 
 
 async def _pump(queue: asyncio.Queue[Tagged], index: int, source: Pieces) -> None:
@@ -47,7 +49,5 @@ async def _pump(queue: asyncio.Queue[Tagged], index: int, source: Pieces) -> Non
     except Exception as error:
         last = FailPiece(500, f"internal error: {type(error).__name__}")
         await queue.put(Tagged(index, last))
-    finally:
-        await source.aclose()
     if not isinstance(last, EndPiece | FailPiece):
         await queue.put(Tagged(index, FailPiece(503, "the answer broke off")))

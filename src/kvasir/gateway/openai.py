@@ -271,7 +271,7 @@ def read_caller(headers: Sequence[tuple[bytes, bytes]], fresh_id: str) -> Caller
     return Caller(
         request_id=own or fresh_id,
         own_id=own is not None,
-        session=_printable(found.get(b"x-session-affinity")) or _printable(found.get(b"x-session-id")),
+        session=_printable(found.get(b"x-session-affinity") or found.get(b"x-session-id")),
         slo_ttft_s=_milliseconds(found, b"x-slo-ttft-ms"),
         slo_tpot_s=_milliseconds(found, b"x-slo-tpot-ms"),
         body_bytes=int(length) if length is not None and length.isdigit() else None,

@@ -54,7 +54,7 @@ class Common(msgspec.Struct):
 
 
 class ChatBody(Common):
-    messages: list[dict[str, Any]] = []  # noqa: RUF012  msgspec copies it
+    messages: list[dict[str, Any]] = []
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True

@@ -70,7 +70,9 @@ class Shared:
 
     __slots__ = ("chat", "head", "usage_null")
 
-    def __init__(self, *, chat: bool, answer_id: str, created: int, model: str, usage: bool) -> None:
+    def __init__(
+        self, *, chat: bool, answer_id: str, created: int, model: str, usage: bool
+    ) -> None:
         self.chat = chat
         kind = b"chat.completion.chunk" if chat else b"text_completion"
         self.head = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,' % (

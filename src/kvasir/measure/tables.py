@@ -86,7 +86,7 @@ def _own_rows(s: Summary) -> Iterator[str]:
     yield from _goodput_rows(s)
     yield from _split_rows(s)
     yield from _cache_rows(s)
-    yield from _counted("KV Bytes by Network Tier", _shown(s.bytes_by_tier))
+    yield from _counted("KV Bytes Moved", _shown(s.bytes_by_tier))
     yield from _counted("Errors", s.errors)
     if s.notes:
         yield _section("Notes")

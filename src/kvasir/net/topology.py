@@ -15,6 +15,7 @@ their summed rate for each direction, and so is its NVLink, so that all its tran
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import msgspec
@@ -169,13 +170,13 @@ class Topology:
     def place(self, deployment: Deployment) -> dict[WorkerId, Location]:
         """Where every instance of every pool stands, in the order of `worker_ids()`.
 
-        First fit; pools bound to racks go first, large instances before small ones. An instance
-        shares a node with others but never an accelerator, and stays in one node if it can.
-        Raises ConfigError when a pool does not fit.
+        First fit; pools bound to the fewest racks go first, then those of large instances. An
+        instance may share a node but no accelerator; it stays in one node, else in one rack, if it
+        can. Raises ConfigError when a pool does not fit.
         """
         free = [self.spec.gpus_per_node] * (self._racks * self.spec.nodes_per_rack)
         placed: dict[WorkerId, Location] = {}
-        for pool in sorted(deployment.pools, key=lambda p: (p.racks is None, -p.gpus)):
+        for pool in sorted(deployment.pools, key=_bound):
             nodes = self._nodes_of(pool)
             room = sum(free[n] for n in nodes)
             for done, worker in enumerate(pool.worker_ids()):
@@ -225,8 +226,13 @@ class Topology:
     def _full(self, pool: PoolSpec, done: int, room: int) -> ConfigError:
         where = "the topology" if pool.racks is None else f"racks {list(pool.racks)}"
         return ConfigError(
-            f"pool {pool.name!r} has {pool.count} instances of {pool.gpus} accelerators "
-            f"({pool.count * pool.gpus}); {where} had {room} free, room for {done} instances",
+            f"pool {pool.name!r} wants {pool.count} x {pool.gpus} accelerators "
+            f"({pool.count * pool.gpus}); {where} had {room} free, room for {done} x {pool.gpus}",
             where=f"pools.{pool.name}",
             next_step="lower count, tp or pp, or make the topology larger",
         )
+
+
+def _bound(pool: PoolSpec) -> tuple[int, int]:
+    """Sort key: the pool with the least choice first."""
+    return (sys.maxsize if pool.racks is None else len(pool.racks), -pool.gpus)

@@ -21,7 +21,7 @@ from kvasir.core.messages import (
     Refused, Start, Submit, TransferReport, Welcome, WorkerGone,
 )  # fmt: skip
 from kvasir.core.specs import Deployment
-from kvasir.cost.catalog import step_model
+from kvasir.cost.pools import step_model
 from kvasir.cost.step import StepModel
 from kvasir.kv.prefix import PrefixIndex
 from kvasir.net.oracle import Oracle

@@ -110,7 +110,7 @@ class Requests:
                 self._tell(worker, Prompt(event.request_id, event.attempt, count))
         if not life.path:
             life.path = event.path
-            self._out.append(Reply(event.request_id, 0, 0, path=event.path))
+            self._out.append(Reply(event.request_id, life.emitted, 0, path=event.path))
         life.prefill, life.decode = event.prefill, event.decode
 
     def _on_tokens(self, event: Tokens) -> None:

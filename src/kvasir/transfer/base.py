@@ -54,6 +54,9 @@ class Shard(NamedTuple):
     head_end: int = 0
 
 
+WHOLE = Shard()
+
+
 class Trailer(msgspec.Struct, frozen=True, gc=False):
     """The last frame. `tokens`: what prefill sampled. The sender fills in blocks, layers, bytes
     with what it sent, and the receiver compares them with what it got."""
@@ -102,9 +105,7 @@ class Sender(Protocol):
     "connection lost: ...", "queue full", "closed", or what the receiver refused.
     """
 
-    def open(
-        self, request_id: RequestId, attempt: int, address: str, deadline_s: float
-    ) -> None:
+    def open(self, request_id: RequestId, attempt: int, address: str, deadline_s: float) -> None:
         """Start a transfer to a receiver's address. Raises TransferError after `close`."""
 
     def push(

@@ -1,6 +1,6 @@
 """The bytes of a transfer on the wire: header, limits, checksum, trailer. Knows no sockets.
 
-    header (188 B, little-endian)              payload
+    header (184 B, little-endian)              payload
     +-------------------------------------+   +-------------------------------+
     | magic version kind | serial         |   | data: blocks of one plane,    |
     | attempt request id | layer plane    |   |   or nothing if `slot` says   |
@@ -25,7 +25,7 @@ import xxhash
 
 from kvasir.core.errors import WireError
 from kvasir.core.units import MIB
-from kvasir.transfer.base import Key, Shard
+from kvasir.transfer.base import WHOLE, Key, Shard
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -77,7 +77,7 @@ class Header(msgspec.Struct, frozen=True, gc=False):
     serial: int = 0
     layer: int = 0
     plane: int = 0
-    shard: Shard = Shard()
+    shard: Shard = WHOLE
     slot: int = NO_SLOT
     first_block: int = 0
     blocks: int = 0

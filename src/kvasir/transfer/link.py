@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from kvasir.transfer.frames import (
 from kvasir.transfer.stream import FrameReader, send_some
 
 if TYPE_CHECKING:
+    from kvasir.transfer.loop import Timer
     from kvasir.transfer.medium import Outlet
     from kvasir.transfer.memory import Memory, Piece
 
@@ -43,6 +45,7 @@ class Outgoing:
     deadline_s: float
     opened_s: float
     link: Link | None = None
+    timer: Timer | None = None
     begun: bool = False  # the peer has heard of it
     finished: bool = False  # the caller will push nothing more
     trailed: bool = False  # the trailer is on its way
@@ -108,9 +111,11 @@ class Link:
     # --- what waits ---
 
     def begin(self, transfer: Outgoing) -> None:
+        """Raises WireError when the transfer's name does not fit a frame."""
+        frame = message(FrameKind.BEGIN, transfer.key, transfer.serial)
         transfer.link = self
         self.transfers[transfer.serial] = transfer
-        self.queue.append(Note(transfer, partial(self._begin_frame, transfer)))
+        self.queue.append(Note(transfer, partial(self._begin_frame, transfer, frame)))
 
     def trail(self, transfer: Outgoing, trailer: Trailer) -> None:
         """Raises WireError when the trailer is too big for a frame."""
@@ -128,9 +133,7 @@ class Link:
         if self._leaving is transfer:
             self._detach()
         if reason and transfer.begun and not self.closed:
-            abort = message(
-                FrameKind.ABORT, transfer.key, transfer.serial, reason_payload(reason)
-            )
+            abort = message(FrameKind.ABORT, transfer.key, transfer.serial, reason_payload(reason))
             self.queue.appendleft(Note(transfer, lambda: abort))
         return sum(item.cost for item in gone if isinstance(item, Part))
 
@@ -181,16 +184,16 @@ class Link:
         sent = send_some(self.sock, self.outbox)
         transfer = self._leaving
         if transfer is not None and sent:
-            now = _now()
+            now = time.monotonic()
             transfer.first_frame_s = transfer.first_frame_s or now
             transfer.last_frame_s = now
             if not self.outbox:
                 self._leaving = None
         return not self.outbox
 
-    def _begin_frame(self, transfer: Outgoing) -> bytes:
+    def _begin_frame(self, transfer: Outgoing, frame: bytes) -> bytes:
         transfer.begun = True
-        return message(FrameKind.BEGIN, transfer.key, transfer.serial)
+        return frame
 
     def _trailer_frame(self, transfer: Outgoing, trailer: Trailer) -> bytes:
         transfer.trailed = True

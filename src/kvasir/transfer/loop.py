@@ -29,6 +29,23 @@ Task = Callable[[], None]
 Ready = Callable[[int], None]  # called with the READ | WRITE bits that are ready
 
 
+class Timer:
+    """A task that is due later. Cancelled, it lets go of the task."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self, task: Task) -> None:
+        self._task: Task | None = task
+
+    def cancel(self) -> None:
+        self._task = None
+
+    def fire(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task()
+
+
 class Loop:
     """`on_exit` runs last on the thread, when `close` was asked for."""
 
@@ -40,7 +57,7 @@ class Loop:
         self._watched: set[socket.socket] = set()
         self.watch(self._wake_in, READ, self._woken)
         self._tasks: deque[Task] = deque()
-        self._timers: list[tuple[float, int, Task]] = []
+        self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = itertools.count()
         self._lock = threading.Lock()
         self._open = True
@@ -86,9 +103,11 @@ class Loop:
 
     # --- on the thread only ---
 
-    def at(self, when_s: float, task: Task) -> None:
-        """Run `task` at `time.monotonic() >= when_s`. Not cancellable: it checks for itself."""
-        heapq.heappush(self._timers, (when_s, next(self._timer_ids), task))
+    def at(self, when_s: float, task: Task) -> Timer:
+        """Run `task` at `time.monotonic() >= when_s`."""
+        timer = Timer(task)
+        heapq.heappush(self._timers, (when_s, next(self._timer_ids), timer))
+        return timer
 
     def watch(self, sock: socket.socket, events: int, ready: Ready) -> None:
         self._selector.register(sock, events, ready)
@@ -118,8 +137,9 @@ class Loop:
         finally:
             _guarded(self._on_exit)
             self._selector.close()
-            self._wake_in.close()
-            self._wake_out.close()
+            with self._lock:  # `close` may be about to wake the thread
+                self._wake_in.close()
+                self._wake_out.close()
 
     def _timeout(self) -> float | None:
         if not self._timers:
@@ -142,7 +162,7 @@ class Loop:
     def _run_timers(self) -> None:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            _guarded(heapq.heappop(self._timers)[2])
+            _guarded(heapq.heappop(self._timers)[2].fire)
 
 
 def _guarded(task: Task) -> None:

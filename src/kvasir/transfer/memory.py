@@ -1,4 +1,4 @@
-"""Cache memory as a transfer sees it: whole blocks of planes, copied in runs. No sockets, no threads.
+"""Cache memory as a transfer sees it: whole blocks of planes, copied in runs. Knows no sockets.
 
 Copies go through numpy, which lets go of the interpreter lock while it copies.
 """
@@ -22,10 +22,10 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Run(NamedTuple):
-    """Consecutive physical blocks."""
+    """Consecutive physical blocks [first, end)."""
 
     first: int
-    count: int
+    end: int
 
 
 class Piece(NamedTuple):
@@ -68,7 +68,7 @@ class Memory:
     def span(self, layer: int, plane: int, run: Run) -> Bytes:
         """A flat view of a run's bytes."""
         size = self.block_bytes(layer, plane)
-        return self._flat[layer][plane][run.first * size : (run.first + run.count) * size]
+        return self._flat[layer][plane][run.first * size : run.end * size]
 
     def gather(self, piece: Piece, out: Bytes) -> None:
         """Copy a piece's blocks into `out`, flat, of exactly its size."""
@@ -103,7 +103,7 @@ def whole_run(ids: Ids) -> Run | None:
         return None
     if ids.size > 2 and not bool((ids[1:] - ids[:-1] == 1).all()):
         return None
-    return Run(int(ids[0]), ids.size)
+    return Run(int(ids[0]), int(ids[-1]) + 1)
 
 
 def runs(ids: Ids) -> list[Run]:
@@ -113,7 +113,7 @@ def runs(ids: Ids) -> list[Run]:
     cuts = np.flatnonzero(np.diff(ids) != 1) + 1
     starts = [0, *cuts.tolist()]
     ends = [*cuts.tolist(), ids.size]
-    return [Run(int(ids[a]), b - a) for a, b in zip(starts, ends, strict=True)]
+    return [Run(int(ids[a]), int(ids[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
 
 
 def _flat(plane: Plane) -> Bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvasir.core.errors import ConfigError, TransferError, WireError
 from kvasir.core.units import MIB
-from kvasir.transfer.base import Key, OnOver, Shard, Timeline, Trailer
+from kvasir.transfer.base import WHOLE, Key, OnOver, Shard, Timeline, Trailer
 from kvasir.transfer.frames import FRAME_BYTES_LIMIT, Header
 from kvasir.transfer.link import Link, Outgoing, Part
 from kvasir.transfer.loop import READ, WRITE, Loop
@@ -55,14 +55,16 @@ class StreamSender:
         bytes_per_s_max: float | None = None,
         frame_bytes_max: int = FRAME_BYTES_MAX,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
-        shard: Shard = Shard(),
+        shard: Shard = WHOLE,
     ) -> None:
         self._memory = Memory(planes)
         self._medium = medium
         self._on_over = on_over
         self._shard = shard
         self._pace = Pace(bytes_per_s_max)
-        self._frame_bytes = max(self._pace.frame_bytes(frame_bytes_max), self._memory.block_bytes_max)
+        self._frame_bytes = max(
+            self._pace.frame_bytes(frame_bytes_max), self._memory.block_bytes_max
+        )
         if self._frame_bytes > FRAME_BYTES_LIMIT:
             raise ConfigError(f"frames of {self._frame_bytes} bytes, max {FRAME_BYTES_LIMIT}")
         self._queue_bytes_max = queue_bytes_max
@@ -77,9 +79,7 @@ class StreamSender:
 
     # --- from any thread ---
 
-    def open(
-        self, request_id: RequestId, attempt: int, address: str, deadline_s: float
-    ) -> None:
+    def open(self, request_id: RequestId, attempt: int, address: str, deadline_s: float) -> None:
         key = Key(request_id, attempt)
         transfer = Outgoing(key, next(self._serials), address, deadline_s, time.monotonic())
         with self._lock:
@@ -87,8 +87,9 @@ class StreamSender:
             self._open_now[key] = transfer
         if not self._loop.call(partial(self._start, transfer)):
             with self._lock:
-                del self._open_now[key]
-            raise TransferError("the sender is closed")
+                unheard = self._open_now.pop(key, None)
+            if unheard is not None:  # else the thread ended it on its way out
+                raise TransferError("the sender is closed")
 
     def push(
         self,
@@ -98,6 +99,7 @@ class StreamSender:
         blocks: Sequence[BlockId],
         layers: range | int,
     ) -> None:
+        assert first_block >= 0
         ids = self._memory.ids(blocks)
         span = range(layers, layers + 1) if isinstance(layers, int) else layers
         assert all(0 <= layer < self._memory.layers for layer in span), f"no such layer: {layers}"
@@ -147,11 +149,12 @@ class StreamSender:
     def _start(self, transfer: Outgoing) -> None:
         try:
             link = self._link(transfer.address)
+            link.begin(transfer)
         except (OSError, WireError, UnicodeError) as error:
             self._end(transfer, False, f"cannot connect: {error}")
             return
-        self._loop.at(transfer.deadline_s, partial(self._end, transfer, False, "deadline"))
-        link.begin(transfer)
+        overdue = partial(self._end, transfer, False, "deadline")
+        transfer.timer = self._loop.at(transfer.deadline_s, overdue)
         self._pump(link)
 
     def _enqueue(
@@ -182,11 +185,14 @@ class StreamSender:
             return
         transfer.over = True
         transfer.over_s = time.monotonic()
+        if transfer.timer is not None:
+            transfer.timer.cancel()
         link = transfer.link
         if link is not None:
             self._settle(link.forget(transfer, "" if ok else reason))
         with self._lock:
-            del self._open_now[transfer.key]
+            if self._open_now.pop(transfer.key, None) is None:
+                return  # `open` raises: the sender closed under it
             self._timelines[transfer.key] = transfer.timeline()
             while len(self._timelines) > TIMELINES_MAX:
                 self._timelines.popitem(last=False)

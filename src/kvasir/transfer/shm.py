@@ -17,16 +17,15 @@ import os
 import secrets
 import socket
 import stat
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvasir.core.errors import ConfigError, UnsupportedEffect, WireError
+from kvasir.core.errors import ConfigError, WireError
 from kvasir.core.units import MIB
-from kvasir.transfer.base import Kind
-from kvasir.transfer.frames import FrameKind, Hello, Key, checksum, decode, encode, message
+from kvasir.transfer.base import Key, Kind
+from kvasir.transfer.frames import FrameKind, Hello, checksum, decode, encode, message
 from kvasir.transfer.medium import Listening, Loaded
 
 if TYPE_CHECKING:
@@ -147,8 +146,6 @@ class ShmMedium:
     """Addresses are `shm://` and a socket path; `bind` is the directory to make it in. Linux."""
 
     def __init__(self, slots: int = SLOTS) -> None:
-        if sys.platform != "linux":
-            raise UnsupportedEffect("transport shm needs Linux", next_step="use transport tcp")
         self._slots = slots
 
     @property

@@ -1,4 +1,4 @@
-"""Frames over a non-blocking stream: reads them piecemeal, writes them piecemeal. Knows no blocks."""
+"""Frames over a non-blocking stream, read and written piecemeal. Knows no blocks."""
 
 from __future__ import annotations
 

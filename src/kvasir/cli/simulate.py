@@ -1,0 +1,92 @@
+"""`kvasir simulate`: one deployment, one workload, one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+if TYPE_CHECKING:
+    from kvasir.core.specs import Deployment
+    from kvasir.traces.record import Trace
+
+app = App(name="simulate")
+Positive = Annotated[int | None, Parameter(validator=Number(gte=1))]
+JsonTo = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
+
+
+@app.default
+def simulate(
+    deployment: str | None = None,
+    /,
+    *,
+    trace: str | None = None,
+    policy: str | None = None,
+    seed: int | None = None,
+    json: JsonTo = None,
+    record: Path | None = None,
+    limit: Positive = None,
+) -> None:
+    """Run a deployment on a workload in virtual time and print what users would see.
+
+    Parameters
+    ----------
+    deployment
+        A file, or the name of a bundled deployment (default: ./kvasir.yaml, else mooncake-64).
+    trace
+        A bundled trace or a file, instead of the deployment's own workload.
+    policy
+        Name of the route policy, instead of the deployment's own.
+    seed
+        Of everything random, instead of the deployment's own.
+    json
+        File for the result, or - for stdout.
+    record
+        Folder for a recording that `kvasir verify` re-runs.
+    limit
+        Only the first requests of the workload.
+    """
+    from msgspec.structs import replace
+
+    from kvasir.cli.output import progress, say, unique, write_json
+    from kvasir.cli.overrides import with_policy
+    from kvasir.measure.tables import table
+
+    spec = with_policy(load(deployment), policy)
+    seed = spec.seed if seed is None else seed
+    arrivals = workload_of(spec, trace, limit, seed)
+    say(headline(spec, arrivals, spec.policy.route.name, seed), json)
+
+    from kvasir.world.sim.run import simulate as run
+
+    with progress(spec.name) as report:
+        result = run(spec, arrivals, seed=seed, record=record, progress=report)
+    notes = unique((*arrivals.notes, *result.summary.notes, *result.notes))
+    say(table(replace(result.summary, notes=notes)), json)
+    write_json(json, result.to_json())
+
+
+def load(deployment: str | None) -> Deployment:
+    """The deployment that a simulation means; shapes of model folders are filled in."""
+    from kvasir.cli.files import chosen, load_deployment
+    from kvasir.cli.models import with_shapes
+
+    return with_shapes(load_deployment(chosen(deployment, "mooncake-64")))
+
+
+def workload_of(spec: Deployment, trace: str | None, limit: int | None, seed: int) -> Trace:
+    """Arrivals by flags, else by the deployment. Raises TraceError."""
+    from kvasir.traces.workload import workload
+
+    flags = {"trace": trace, "limit": limit}
+    given = {k: v for k, v in flags.items() if v is not None}
+    return workload(spec.workload.model_copy(update=given), spec.block_size, seed)
+
+
+def headline(spec: Deployment, trace: Trace, policies: str, seed: int) -> str:
+    """What is about to run, in one line."""
+    pools = " + ".join(f"{p.count} {p.role}" for p in spec.pools)
+    requests = f"{trace.name}, {len(trace.arrivals)} requests"
+    return f"{spec.name} ({pools}), {requests}, {policies}, seed {seed}"

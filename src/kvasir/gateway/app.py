@@ -1,0 +1,193 @@
+"""The HTTP routes over a `Desk`: OpenAI's, and health, metrics, version. Spawns no server.
+
+Completions are raw ASGI, because each token passes here; the small routes are plain Starlette.
+Every error is one JSON object with a status, and no traceback leaves the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+import kvasir
+from kvasir.core.errors import KvasirError, TooLarge, nearest
+from kvasir.core.specs import LimitsSpec
+from kvasir.gateway.body import ClientGone, drop_line, read_body
+from kvasir.gateway.errors import HttpError, Refused, of_bug, of_error, of_status
+from kvasir.gateway.exchange import Exchange, Line, Reply
+from kvasir.gateway.openai import Caller, Plan, card_of, plan_chat, plan_completion, read_caller
+from kvasir.gateway.port import Desk, ModelCard
+from kvasir.gateway.schema import decode_chat, decode_completion
+from kvasir.observe.metrics import CONTENT_TYPE, Metrics
+
+log = logging.getLogger("kvasir.gateway")
+
+Planner = Callable[[bytes, Desk, Caller, str], Awaitable[Plan]]
+CLOSE: Final = (b"connection", b"close")
+
+
+def make_app(
+    desk: Desk,
+    metrics: Metrics,
+    limits: LimitsSpec,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    new_id: Callable[[], str] = lambda: secrets.token_hex(12),
+) -> Starlette:
+    """All routes. `clock` gives seconds for TTFT and ITL; `new_id` names a request, never twice."""
+    house = House(desk, metrics, limits, clock, new_id)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", Completions(house, _chat), methods=["POST"]),
+            Route("/v1/completions", Completions(house, _completion), methods=["POST"]),
+            Route("/v1/models", house.models),
+            Route("/v1/models/{id:path}", house.model),
+            Route("/health", house.health),
+            Route("/metrics", house.metrics_page),
+            Route("/version", house.version),
+        ],
+        exception_handlers={HTTPException: house.wrong_address, Exception: house.bug},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _chat(raw: bytes, desk: Desk, caller: Caller, run_id: str) -> Plan:
+    return await plan_chat(decode_chat(raw), desk, caller, run_id)
+
+
+async def _completion(raw: bytes, desk: Desk, caller: Caller, run_id: str) -> Plan:
+    return await plan_completion(decode_completion(raw), desk, caller, run_id)
+
+
+class Completions:
+    """POST a body, get an answer, whole or as events. An ASGI application."""
+
+    def __init__(self, house: House, planner: Planner) -> None:
+        self._house, self._planner = house, planner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        house = self._house
+        began = house.clock()
+        fresh = house.new_id()
+        reply = Reply(send, fresh)
+        caller: Caller | None = None
+        try:
+            caller = read_caller(scope["headers"], fresh)
+            reply.request_id = caller.request_id
+            raw = await read_body(receive, caller.body_bytes, house.limits.body_bytes_max)
+            # A client may send one id twice, so its own id is only the first part of the name.
+            run_id = f"{caller.request_id}-{fresh[:8]}" if caller.own_id else fresh
+            with Line(receive, reply):
+                plan = await self._planner(raw, house.desk, caller, run_id)
+                await Exchange(plan, house.desk, reply, house.metrics, house.clock, began).run()
+        except ClientGone:
+            return
+        except TooLarge as error:
+            await reply.error(of_error(error), [CLOSE] if self._drops(caller) else [])
+        except KvasirError as error:
+            await reply.error(of_error(error))
+        except Refused as refused:
+            await reply.error(refused.error)
+        except Exception:
+            log.exception("request %s", reply.request_id)
+            await reply.error(of_bug(reply.request_id))
+
+    def _drops(self, caller: Caller | None) -> bool:
+        limit = self._house.limits.body_bytes_max
+        return caller is None or drop_line(caller.body_bytes, limit, expects=caller.expects)
+
+
+class House:
+    """What all routes share, and the small routes themselves."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        metrics: Metrics,
+        limits: LimitsSpec,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+    ) -> None:
+        self.desk, self.metrics, self.limits = desk, metrics, limits
+        self.clock, self.new_id = clock, new_id
+
+    async def models(self, request: Request) -> Response:
+        cards = [_card(card) for card in self.desk.models()]
+        return self._json(request, {"object": "list", "data": cards})
+
+    async def model(self, request: Request) -> Response:
+        try:
+            return self._json(request, _card(card_of(self.desk, request.path_params["id"])))
+        except KvasirError as error:
+            return self._error(request, of_error(error))
+
+    async def health(self, request: Request) -> Response:
+        """200 only when every configured worker is ready."""
+        health = self.desk.health()
+        ready = health.ready and all(state == "ready" for state in health.workers.values())
+        status = "ready" if ready else "not ready"
+        body = {"status": status, "workers": health.workers}
+        return self._json(request, body, 200 if ready else 503)
+
+    async def metrics_page(self, request: Request) -> Response:
+        headers = {"content-type": CONTENT_TYPE, "x-request-id": self._request_id(request)}
+        return Response(self.metrics.render(), headers=headers)
+
+    async def version(self, request: Request) -> Response:
+        return self._json(request, {"version": kvasir.__version__})
+
+    async def wrong_address(self, request: Request, error: Exception) -> Response:
+        """No such path, or not with this method."""
+        assert isinstance(error, HTTPException)
+        path = request.url.path
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            wrong = of_status(405, f"{request.method} is not allowed on {path}; allowed: {allowed}")
+            return self._error(request, wrong, {"allow": allowed})
+        known = [route.path for route in request.app.routes]
+        message = f"no path {path!r} here\n  nearest: {nearest(path, known)}"
+        return self._error(request, of_status(error.status_code, message))
+
+    async def bug(self, request: Request, error: Exception) -> Response:
+        return self._error(request, of_bug(self._request_id(request)))
+
+    def _request_id(self, request: Request) -> str:
+        return read_caller(request.scope["headers"], self.new_id()).request_id
+
+    def _error(
+        self, request: Request, error: HttpError, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        retry = {name.decode(): value.decode() for name, value in error.headers()}
+        own = {"x-request-id": self._request_id(request)}
+        return _response(error.body(), error.status, {**retry, **own, **(headers or {})})
+
+    def _json(self, request: Request, body: Any, status: int = 200) -> Response:
+        own = {"x-request-id": self._request_id(request)}
+        return _response(msgspec.json.encode(body), status, own)
+
+
+def _response(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
+    return Response(body, status, headers=dict(headers), media_type="application/json")
+
+
+def _card(card: ModelCard) -> dict[str, Any]:
+    """OpenAI's model object; `max_model_len` is where vLLM's clients look for the context."""
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": card.created,
+        "owned_by": card.owned_by,
+        "max_model_len": card.max_context,
+    }

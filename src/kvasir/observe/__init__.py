@@ -1,0 +1,1 @@
+"""Layer 3: what happened, for people and tools. Knows core's events; decides nothing."""

@@ -1,0 +1,258 @@
+"""Prometheus metrics: core's events folded into counters, gauges and histograms. Knows no node.
+
+Values are plain dicts and lists, updated from one event loop, and shown to `prometheus_client`
+only when somebody asks: a token costs one bisection. Labels are bounded: models are those that are
+served, and every other label keeps its first `LABELS_MAX` values; what comes later is `other`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from kvasir.core.events import (
+    AnyEvent,
+    Closed,
+    Preempted,
+    Prefilled,
+    Recomputed,
+    Rejected,
+    Retried,
+    Shipped,
+    TransferFailed,
+    WorkerJoined,
+    WorkerLeft,
+)
+from kvasir.core.ids import Incarnation, WorkerId
+
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+LABELS_MAX: Final = 64
+OTHER: Final = "other"
+
+# Seconds. Half a millisecond to a hundred seconds, three a decade.
+SECONDS: Final = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0,
+)  # fmt: skip
+
+Key = tuple[str, ...]
+
+
+class Counter:
+    """A family of growing numbers, one for each tuple of label values."""
+
+    __slots__ = ("_seen", "_values", "help", "labels", "name")
+
+    def __init__(self, name: str, help_text: str, labels: Key = ()) -> None:
+        self.name, self.help, self.labels = name, help_text, labels
+        self._values: dict[Key, float] = {} if labels else {(): 0}
+        self._seen: list[set[str]] = [set() for _ in labels]
+
+    def add(self, amount: float, *values: str) -> None:
+        key = tuple(map(_bounded, self._seen, values))
+        self._values[key] = self._values.get(key, 0) + amount
+
+    def family(self) -> Metric:
+        shown = CounterMetricFamily(self.name, self.help, labels=self.labels)
+        for key, value in self._values.items():
+            shown.add_metric(key, value)
+        return shown
+
+
+class Histogram:
+    """A family of distributions of seconds over the bounds in `SECONDS`."""
+
+    __slots__ = ("_seen", "_series", "help", "labels", "name")
+
+    def __init__(self, name: str, help_text: str, labels: Key = ()) -> None:
+        self.name, self.help, self.labels = name, help_text, labels
+        self._series: dict[Key, Series] = {} if labels else {(): Series()}
+        self._seen: list[set[str]] = [set() for _ in labels]
+
+    def of(self, *values: str) -> Series:
+        key = tuple(map(_bounded, self._seen, values))
+        found = self._series.get(key)
+        if found is None:
+            found = self._series[key] = Series()
+        return found
+
+    def family(self) -> Metric:
+        shown = HistogramMetricFamily(self.name, self.help, labels=self.labels)
+        for key, series in self._series.items():
+            shown.add_metric(key, list(series.cumulative()), series.sum)
+        return shown
+
+
+class Series:
+    """Counts by bucket, and a sum."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+    def cumulative(self) -> Iterator[tuple[str, float]]:
+        total = 0
+        for bound, count in zip((*map(str, SECONDS), "+Inf"), self.counts, strict=True):
+            total += count
+            yield bound, total
+
+
+def _bounded(seen: set[str], value: str) -> str:
+    if value in seen:
+        return value
+    if len(seen) >= LABELS_MAX:
+        return OTHER
+    seen.add(value)
+    return value
+
+
+class Metrics(Collector):
+    """All metrics of one process. `models` are the served ones; any other is counted as `other`."""
+
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        self._models = frozenset(models)
+        self._requests = Counter(
+            "kvasir_requests", "Requests that ended, by how.", ("path", "model", "outcome")
+        )
+        self._rejected = Counter("kvasir_requests_rejected", "Requests declined.", ("status",))
+        self._retries = Counter("kvasir_retries", "Attempts after the first one.", ("reason",))
+        self._preemptions = Counter("kvasir_preemptions", "Sequences put back to wait.")
+        self._prompt = Counter("kvasir_prompt_tokens", "Prompt tokens of ended requests.")
+        self._output = Counter("kvasir_output_tokens", "Output tokens of ended requests.")
+        self._hits = Counter(
+            "kvasir_prefix_cache_hit_tokens", "Prompt tokens whose KV was in the prefill's cache."
+        )
+        self._computed = Counter("kvasir_prefill_tokens", "Prompt tokens that prefill computed.")
+        self._bytes = Counter(
+            "kvasir_kv_transfer_bytes", "KV bytes received, by transport.", ("transport",)
+        )
+        self._failed = Counter(
+            "kvasir_kv_transfer_failures", "KV transfers that went wrong.", ("reason",)
+        )
+        self._recomputed = Counter(
+            "kvasir_kv_recomputed_tokens", "Tokens whose KV was made again.", ("reason",)
+        )
+        self._transfer = Histogram("kvasir_kv_transfer_seconds", "Time of one KV transfer.")
+        self._queue = Histogram("kvasir_prefill_queue_seconds", "Wait before prefill.")
+        self._prefill = Histogram("kvasir_prefill_seconds", "Time of prefill itself.")
+        self._ttft = Histogram(
+            "kvasir_time_to_first_token_seconds",
+            "From a request's arrival to its first token at the gateway.",
+            ("path", "model"),
+        )
+        self._itl = Histogram(
+            "kvasir_inter_token_latency_seconds", "Between two tokens of an answer at the gateway."
+        )
+        self._gap = self._itl.of()
+        self._queued = self._running = 0
+        self._kv_usage: dict[WorkerId, float] = {}
+        self._up: dict[WorkerId, tuple[Incarnation, bool]] = {}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    # --- in ---------------------------------------------------------------------------------------
+
+    def see(self, event: AnyEvent) -> None:
+        """Fold one event; those that count nothing are ignored."""
+        match event:
+            case Closed():
+                path, model = event.path or "none", self._model(event.model)
+                self._requests.add(1, path, model, event.reason)
+                self._prompt.add(event.prompt_tokens)
+                self._output.add(event.output_tokens)
+            case Prefilled():
+                self._hits.add(event.cached_tokens)
+                self._computed.add(event.computed_tokens)
+                self._queue.of().observe(event.queue_s)
+                self._prefill.of().observe(event.prefill_s)
+            case Shipped():
+                self._bytes.add(event.bytes, event.transport)
+                self._transfer.of().observe(event.seconds)
+            case TransferFailed():
+                self._failed.add(1, event.reason)
+            case Recomputed():
+                self._recomputed.add(event.tokens, event.reason)
+            case Preempted():
+                self._preemptions.add(1)
+            case Retried():
+                self._retries.add(1, event.reason)
+            case Rejected():
+                self._rejected.add(1, str(event.status))
+            case WorkerJoined():
+                self._up[event.worker] = (event.incarnation, True)
+            case WorkerLeft():
+                self._left(event)
+
+    def first_token(self, seconds: float, path: str, model: str) -> None:
+        self._ttft.of(path or "none", self._model(model)).observe(seconds)
+
+    def token_gap(self, seconds: float, extra: int = 0) -> None:
+        """One gap between tokens; `extra` more tokens came together with the later one."""
+        self._gap.observe(seconds)
+        if extra:
+            self._gap.counts[0] += extra
+
+    def gauges(self, queued: int, running: int, kv_usage: Mapping[WorkerId, float]) -> None:
+        """The state now; `kv_usage` is each worker's share of KV blocks in use, 0 to 1."""
+        self._queued, self._running, self._kv_usage = queued, running, dict(kv_usage)
+
+    def _model(self, name: str) -> str:
+        return name if name in self._models else OTHER
+
+    def _left(self, event: WorkerLeft) -> None:
+        """A later incarnation may already be up."""
+        known, _ = self._up.get(event.worker, (0, False))
+        if event.incarnation >= known:
+            self._up[event.worker] = (event.incarnation, False)
+
+    # --- out --------------------------------------------------------------------------------------
+
+    def render(self) -> bytes:
+        """Prometheus' text format, for `CONTENT_TYPE`."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        counters = (
+            self._requests, self._rejected, self._retries, self._preemptions, self._prompt,
+            self._output, self._hits, self._computed, self._bytes, self._failed, self._recomputed,
+        )  # fmt: skip
+        for counter in counters:
+            yield counter.family()
+        for histogram in (self._transfer, self._queue, self._prefill, self._ttft, self._itl):
+            yield histogram.family()
+        yield _gauge("kvasir_requests_queued", "Requests waiting for a place.", self._queued)
+        yield _gauge("kvasir_requests_running", "Requests being served.", self._running)
+        yield _by_worker(
+            "kvasir_kv_cache_usage_ratio", "KV blocks in use, 0 to 1.", self._kv_usage
+        )
+        up = {worker: float(is_up) for worker, (_, is_up) in self._up.items()}
+        yield _by_worker("kvasir_worker_up", "1 while the worker is there.", up)
+        yield _gauge("kvasir_workers_up", "Workers that are there.", sum(up.values()))
+
+
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value=value)
+
+
+def _by_worker(name: str, help_text: str, values: Mapping[WorkerId, float]) -> Metric:
+    shown = GaugeMetricFamily(name, help_text, labels=("worker",))
+    for worker, value in values.items():
+        shown.add_metric((worker,), value)
+    return shown

@@ -1,0 +1,102 @@
+"""What a simulated run leaves behind: outcomes, inter-token gaps as runs, bytes by tier, events.
+
+Listens at the gateway, where users would measure. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from kvasir.core.events import AnyEvent, Closed, Preempted, Recomputed, Retried
+from kvasir.core.ids import RequestId
+from kvasir.core.messages import Done, Report
+from kvasir.measure.itl import ItlRuns
+from kvasir.measure.summary import RequestOutcome
+from kvasir.world.sim.executor import Outcome
+
+
+class Recorder:
+    """Times are virtual seconds."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[RequestOutcome] = []
+        self.itl = ItlRuns()
+        self.counts: dict[str, int] = {}
+        self._last_token: dict[RequestId, float] = {}
+        self._second_delay: dict[RequestId, float] = {}
+        self._reports: dict[RequestId, Report] = {}
+
+    def step(self, outcome: Outcome, first: dict[RequestId, int]) -> None:
+        """Token times of a step. `first`: output index of each sampling row's first token.
+
+        Rows that also sampled in the step before share one run; for others the gap before their
+        first token here is a sample of its own.
+        """
+        together = 0
+        first_at = outcome.started + outcome.first_s
+        for row in outcome.rows:
+            if not row.sampled:
+                continue
+            last = self._last_token.get(row.request_id)
+            if last == outcome.started and first[row.request_id] > 1:
+                together += 1
+            else:
+                self._joined(row.request_id, first[row.request_id], last, first_at)
+                if row.sampled > 1:
+                    second_s = outcome.first_s + self._slope(outcome)
+                    self.itl.add(row.sampled - 1, second_s, outcome.last_s, 1, first_at)
+            self._last_token[row.request_id] = outcome.ended
+        if together:
+            self.itl.add(outcome.steps, outcome.first_s, outcome.last_s, together, outcome.started)
+
+    def _joined(self, request_id: RequestId, index: int, last: float | None, at: float) -> None:
+        if last is None:
+            return
+        self.itl.add(1, at - last, at - last, 1, last)
+        if index == 1:
+            self._second_delay[request_id] = at - last
+
+    @staticmethod
+    def _slope(outcome: Outcome) -> float:
+        return (outcome.last_s - outcome.first_s) / (outcome.steps - 1) if outcome.steps > 1 else 0
+
+    def done(self, event: Done) -> None:
+        self._reports[event.request_id] = event.report
+
+    def event(self, now: float, event: AnyEvent) -> None:
+        """Count everything; a Closed request becomes an outcome."""
+        name = type(event).__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        if isinstance(event, Closed):
+            self._closed(now, event)
+        elif isinstance(event, (Recomputed, Preempted)):
+            key = f"{name}.tokens"
+            self.counts[key] = self.counts.get(key, 0) + event.tokens
+        elif isinstance(event, Retried):
+            key = f"Retried: {event.reason.split(' ', 1)[-1]}"
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def _closed(self, now: float, event: Closed) -> None:
+        report = self._reports.pop(event.request_id, None)
+        self._last_token.pop(event.request_id, None)
+        delay_s = self._second_delay.pop(event.request_id, None)
+        ok = event.reason in ("stop", "length")
+        prefill = report.prefill if report is not None else None
+        decode_queue_s = report.decode_queue_s if report is not None else 0.0
+        self.outcomes.append(
+            RequestOutcome(
+                ok=ok,
+                prompt_tokens=event.prompt_tokens,
+                output_tokens=event.output_tokens,
+                cached_tokens=event.cached_tokens,
+                start_s=now - event.duration_s,
+                ttft_s=event.ttft_s or 0.0,
+                tpot_s=event.tpot_s,
+                e2e_s=event.duration_s,
+                path=event.path,
+                queue_s=prefill.queue_s + decode_queue_s if prefill else None,
+                prefill_s=prefill.prefill_s if prefill else None,
+                transfer_s=report.transfer_s if report else None,
+                first_step_s=report.first_step_s if report else None,
+                second_token_delay_s=delay_s,
+                error="" if ok else event.reason,
+            )
+        )

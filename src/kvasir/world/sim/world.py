@@ -1,0 +1,338 @@
+"""The simulated world: hosts with nodes, a heap of what comes next, and effects in virtual time.
+
+Which world it is, no node can tell: it performs the same effects as the live one. Deterministic: the
+heap breaks ties by order of insertion, and all randomness is in `faults`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from kvasir.core import effects as fx
+from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.messages import (
+    Alarm, AnyMessage, Arrive, Done, Hangup, Location, Message, NetReading, Received, SendOver,
+    Start, StepDone, Tokens, WorkerGone,
+)  # fmt: skip
+from kvasir.core.request import Request, Sampling
+from kvasir.core.specs import Deployment
+from kvasir.cost.catalog import shape_of
+from kvasir.cost.pools import step_model
+from kvasir.net.topology import Topology
+from kvasir.node import Node
+from kvasir.node.build import build_requests, worker_config
+from kvasir.node.conductor import Conductor
+from kvasir.node.request import Requests
+from kvasir.node.worker import Worker
+from kvasir.traces.record import Arrival
+from kvasir.world.journal import Journal
+from kvasir.world.sim.executor import Executor, Outcome
+from kvasir.world.sim.faults import Death, Faults
+from kvasir.world.sim.network import SimNetwork
+from kvasir.world.sim.record import Recorder
+from kvasir.world.sim.transfers import Transfers
+
+GATEWAY = "gateway-0"
+MESSAGE_S = 100e-6  # one control message, one way
+PERFORMS = (
+    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Release, fx.Timer, fx.Reply, fx.Refuse, fx.Note,
+)  # fmt: skip
+Journals = Callable[[NodeId, str, dict[str, Any]], Journal]
+
+
+class Host(NamedTuple):
+    """One incarnation of a node; a restart is a new host."""
+
+    id: NodeId
+    incarnation: int
+    node: Node
+    executor: Executor | None
+    journal: Journal | None
+
+
+class SimWorld:
+    """Build, `run`, look at `recorder`. `check` is called after every event when given."""
+
+    def __init__(
+        self, deployment: Deployment, arrivals: Iterable[Arrival], *, faults: Faults | None = None,
+        journals: Journals | None = None, after_event: Callable[[SimWorld], None] | None = None,
+    ) -> None:  # fmt: skip
+        fx.require("the simulator", PERFORMS, ())
+        self.deployment = deployment
+        self.recorder = Recorder()
+        self.now = 0.0
+        self.events = 0
+        self.hosts: dict[NodeId, Host] = {}
+        self.emitted: dict[RequestId, int] = {}
+        self.ended: dict[RequestId, str] = {}
+        self._faults = faults
+        self._journals = journals
+        self._after_event = after_event
+        self._heap: list[tuple[float, int, Host | None, Any]] = []
+        self._serial = 0
+        self._outputs: dict[RequestId, int] = {}
+        self._arrivals = iter(arrivals)
+        self._arrived = 0
+        self._more = True
+        topology = Topology(deployment.topology)
+        self.locations: dict[WorkerId, Location] = topology.place(deployment)
+        self.network = SimNetwork(topology, self.schedule)
+        layers = shape_of(deployment.models[0]).layers
+        self.transfers = Transfers(
+            self.network, self.schedule, self.locations, self._local, layers, lambda: self.now
+        )
+        self._models = {p.name: step_model(deployment, p) for p in deployment.pools}
+        self._start_nodes()
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def _start_nodes(self) -> None:
+        d = self.deployment
+        self._boot(CONDUCTOR, 1, "conductor", Conductor(d), d.model_dump(mode="json"))
+        for worker in d.worker_ids():
+            self.boot_worker(worker, 1)
+        limits = {"limits": d.limits.model_dump(mode="json")}
+        self._boot(GATEWAY, 1, "gateway", build_requests(d, GATEWAY, 1), limits)
+        if d.topology.telemetry_s is not None:
+            self.schedule(d.topology.telemetry_s, self._telemetry)
+        self._next_arrival()
+        if self._faults is not None:
+            workers = d.worker_ids()
+            for death in self._faults.deaths(workers, self._faults.spec.until_s):
+                self.schedule(death.at, lambda death=death: self._die(death))  # type: ignore[misc]
+
+    def boot_worker(self, worker: WorkerId, incarnation: int) -> None:
+        config = worker_config(
+            self.deployment, worker, incarnation, self.locations[worker],
+            fingerprint=self.deployment.models[0].name,
+        )  # fmt: skip
+        model = self._models[config.pool]
+        executor = Executor(model, self._outputs.__getitem__)
+        self._boot(worker, incarnation, "worker", Worker(config), msgspec.to_builtins(config),
+                   executor)  # fmt: skip
+
+    def _boot(
+        self, node_id: NodeId, incarnation: int, kind: str, node: Node, config: dict[str, Any],
+        executor: Executor | None = None,
+    ) -> None:  # fmt: skip
+        name = node_id if incarnation == 1 else f"{node_id}.{incarnation}"
+        journal = self._journals(name, kind, config) if self._journals else None
+        host = Host(node_id, incarnation, node, executor, journal)
+        self.hosts[node_id] = host
+        self._push(self.now, host, Start())
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def run(self, until: float = float("inf")) -> None:
+        """Until every request has ended, or virtual time `until`."""
+        requests = self.requests
+        while self._heap and (self._more or requests.lives):
+            if self._heap[0][0] > until:
+                return
+            self._turn()
+
+    def rest(self, seconds: float) -> None:
+        """Let `seconds` more pass, so that what was on its way arrives."""
+        until = self.now + seconds
+        while self._heap and self._heap[0][0] <= until:
+            self._turn()
+
+    @property
+    def requests(self) -> Requests:
+        node = self.hosts[GATEWAY].node
+        assert isinstance(node, Requests)
+        return node
+
+    @property
+    def conductor(self) -> Conductor:
+        node = self.hosts[CONDUCTOR].node
+        assert isinstance(node, Conductor)
+        return node
+
+    def _turn(self) -> None:
+        at, _, host, what = heapq.heappop(self._heap)
+        self.now = at
+        self.events += 1
+        if host is None:
+            what()
+        elif self.hosts.get(host.id) is host:
+            self.deliver(host, what)
+        if self._after_event is not None:
+            self._after_event(self)
+
+    def deliver(self, host: Host, event: AnyMessage) -> None:
+        """One input to one node, and everything that it decides."""
+        effects = host.node.handle(self.now, event)
+        if host.journal is not None:
+            host.journal.add(self.now, event, effects)
+        for effect in effects:
+            self._perform[type(effect)](self, host, effect)
+
+    def schedule(self, at: float, action: Callable[[], None]) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (at, self._serial, None, action))
+
+    def _push(self, at: float, host: Host, event: Message) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (at, self._serial, host, event))
+
+    # --- effects ----------------------------------------------------------------------------------
+
+    def _tell(self, host: Host, effect: fx.Tell) -> None:
+        self.send(effect.to, effect.message)
+
+    def send(self, to: NodeId, message: AnyMessage) -> None:
+        """A message between two nodes: late, perhaps lost, void if the receiver is gone by then."""
+        at = self.now + MESSAGE_S
+        if self._faults is not None:
+            if self._faults.lost(self.now):
+                return
+            at += self._faults.delay(self.now)
+        self.schedule_message(at, to, message)
+
+    def schedule_message(self, at: float, to: NodeId, message: AnyMessage) -> None:
+        host = self.hosts.get(to)
+        if host is not None:
+            if type(message) is Done:
+                self.recorder.done(message)
+            self._push(at, host, message)
+
+    def _local(self, worker: WorkerId, message: Received | SendOver) -> None:
+        """What a worker's own transport tells it: never lost."""
+        host = self.hosts.get(worker)
+        if host is not None:
+            self._push(self.now, host, message)
+
+    def _step(self, host: Host, effect: fx.Step) -> None:
+        executor = host.executor
+        assert executor is not None
+        ends_at = executor.begin(self.now, effect)
+        self.transfers.step_begins(self.now, host.id, effect.id, ends_at)
+        self._await_step(host, executor)
+
+    def _await_step(self, host: Host, executor: Executor) -> None:
+        version = executor.version
+
+        def over() -> None:
+            if executor.version == version and self.hosts.get(host.id) is host:
+                self._step_over(host, executor)
+
+        self.schedule(executor.ends_at, over)
+
+    def _step_over(self, host: Host, executor: Executor) -> None:
+        step = executor.step
+        assert step is not None
+        outcome = executor.finish()
+        self._emit_tokens(step, outcome)
+        self.deliver(host, StepDone(step.id, outcome.steps, outcome.rows))
+
+    def _emit_tokens(self, step: fx.Step, outcome: Outcome) -> None:
+        first: dict[RequestId, int] = {}
+        for row, done in zip(step.rows, outcome.rows, strict=True):
+            if done.sampled:
+                first[row.request_id] = row.index
+                self.send(
+                    row.gateway, Tokens(row.request_id, row.attempt, row.index, done.sampled)
+                )
+        self.recorder.step(outcome, first)
+
+    def _cut(self, host: Host, effect: fx.Cut) -> None:
+        executor = host.executor
+        assert executor is not None
+        if executor.cut(self.now, effect.step) is not None:
+            self._await_step(host, executor)
+
+    def _send_kv(self, host: Host, effect: fx.Send) -> None:
+        self.transfers.send(self.now, host.id, effect)
+
+    def _fetch_kv(self, host: Host, effect: fx.Fetch) -> None:
+        self.transfers.fetch(self.now, host.id, effect)
+
+    def _release(self, host: Host, effect: fx.Release) -> None:
+        self.transfers.release(host.id, effect.request_id, effect.attempt)
+
+    def _timer(self, host: Host, effect: fx.Timer) -> None:
+        self._push(effect.at, host, Alarm(effect.name))
+
+    def _reply(self, host: Host, effect: fx.Reply) -> None:
+        """The client's side: tokens in order, each once."""
+        seen = self.emitted.get(effect.request_id, 0)
+        assert effect.first == seen, (effect.request_id, effect.first, seen)
+        assert effect.request_id not in self.ended, effect.request_id
+        self.emitted[effect.request_id] = seen + effect.count
+        if effect.end is not None:
+            self.ended[effect.request_id] = effect.end
+
+    def _refuse(self, host: Host, effect: fx.Refuse) -> None:
+        pass  # the Reply that closes it follows
+
+    def _note(self, host: Host, effect: fx.Note) -> None:
+        self.recorder.event(self.now, effect.event)
+
+    _perform: dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]] = {
+        fx.Tell: _tell, fx.Step: _step, fx.Cut: _cut, fx.Send: _send_kv, fx.Fetch: _fetch_kv,
+        fx.Release: _release, fx.Timer: _timer, fx.Reply: _reply, fx.Refuse: _refuse,
+        fx.Note: _note,
+    }  # fmt: skip
+
+    # --- what happens by itself -------------------------------------------------------------------
+
+    def _next_arrival(self) -> None:
+        arrival = next(self._arrivals, None)
+        if arrival is None:
+            self._more = False
+        else:
+            self.schedule(arrival.at_s, lambda: self._arrive(arrival))
+
+    def _arrive(self, arrival: Arrival) -> None:
+        d = self.deployment
+        request_id = f"r{self._arrived}"
+        self._arrived += 1
+        self._outputs[request_id] = arrival.output_tokens
+        request = Request(
+            id=request_id,
+            model=d.models[0].name,
+            prompt_tokens=arrival.input_tokens,
+            max_tokens=arrival.output_tokens,
+            keys=arrival.keys(d.block_size),
+            gateway=GATEWAY,
+            session=arrival.session,
+            arrival_s=self.now,
+            sampling=Sampling(temperature=0.0, ignore_eos=True),
+        )
+        self.deliver(self.hosts[GATEWAY], Arrive(request))
+        hangup_s = self._faults.hangup() if self._faults is not None else None
+        if hangup_s is not None:
+            self._push(self.now + hangup_s, self.hosts[GATEWAY], Hangup(request_id))
+        self._next_arrival()
+
+    def _telemetry(self) -> None:
+        window = self.deployment.topology.telemetry_s
+        assert window is not None
+        self.send(CONDUCTOR, NetReading(self.now, self.network.utilisation(self.now)))
+        self.schedule(self.now + window, self._telemetry)
+
+    def _die(self, death: Death) -> None:
+        host = self.hosts.get(death.worker)
+        if host is None or host.executor is None:
+            return
+        step = host.executor.step
+        outcome = host.executor.crash(self.now)
+        if step is not None and outcome is not None and outcome.steps:
+            self._emit_tokens(step, outcome)
+        del self.hosts[death.worker]
+        self.transfers.worker_died(death.worker)
+        self.send(CONDUCTOR, WorkerGone(death.worker, host.incarnation, "died"))
+        self.schedule(
+            death.back_at, lambda: self.boot_worker(death.worker, host.incarnation + 1)
+        )
+
+    def check(self) -> None:
+        """Every node's own invariants, and the network's."""
+        for host in self.hosts.values():
+            host.node.check()
+        self.network.check()
