@@ -212,7 +212,7 @@ class Watched(Ends):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(found=plans, seed=st.integers(0, 2**32))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 def test_any_interleaving(kind: str, found: list[Plan], seed: int) -> None:
     dice = random.Random(seed)
     source, target = planes_of(None), planes_of(UNTOUCHED)
@@ -230,8 +230,8 @@ def test_any_interleaving(kind: str, found: list[Plan], seed: int) -> None:
 
 
 def ends_alone(case: Case) -> bool:
-    """Whether the sender's end comes without `close`."""
-    return case.plan.fate not in {"unfinished"}
+    """Whether the sender ends without `close`: a receiver that gave up shows by data only."""
+    return case.plan.fate != "unfinished" and (case.plan.fate != "overdue" or bool(case.source))
 
 
 def settled(ends: Ends, cases: list[Case]) -> bool:
@@ -291,11 +291,12 @@ def read_all(sock: socket.socket, count: int) -> bytes:
 @pytest.mark.parametrize("overdue", [False, True])
 def test_a_stop_in_mid_frame_keeps_the_stream_whole_and_reads_no_more(overdue: bool) -> None:
     """The peer reads nothing until on_over came and the source is poisoned."""
-    source, ends = planes_of(None, block_bytes=1 << 18), Ends()
+    source, ends = planes_of(None, block_bytes=1 << 17), Ends()
     before = every(source, list(range(BLOCKS)))
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         sender = StreamSender(
-            source, TcpMedium(), on_over=ends.on_over, frame_bytes_max=BLOCKS << 18
+            source, TcpMedium(), on_over=ends.on_over, frame_bytes_max=BLOCKS << 17
         )
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         sender.open("a", 1, address, time.monotonic() + (0.2 if overdue else FAR_S))

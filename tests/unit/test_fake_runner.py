@@ -128,7 +128,7 @@ def test_planes_are_the_cache_itself() -> None:
     assert [[p.shape for p in layer] for layer in planes] == [[(64, 32)] * 2] * 2
     assert sum(p.nbytes for layer in planes for p in layer) == 64 * 4 * KV_TOKEN_BYTES
     assert drive.runner.spec.kv_token_bytes == KV_TOKEN_BYTES
-    assert KV_TOKEN_BYTES == sum(layer.token_bytes for layer in drive.runner.spec.layers)
+    assert sum(layer.token_bytes for layer in drive.runner.spec.layers) == KV_TOKEN_BYTES
     drive.prefill(drive.open(job(free=[5, 6, 7])))
     assert all(p[5].any() and not p[8].any() for layer in planes for p in layer)
 
@@ -284,7 +284,8 @@ def test_fingerprints_differ_where_tokens_differ() -> None:
 
 
 def row(**values: object) -> Row:
-    return Row(**{"request_id": "a", "attempt": 1, "start": 0, "count": 2, "blocks": (0,), **values})
+    usual = {"request_id": "a", "attempt": 1, "start": 0, "count": 2, "blocks": (0,)}
+    return Row(**{**usual, **values})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from kvasir.cli.app import run
 
-        return run(list(sys.argv[1:] if argv is None else argv))
+        status = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter ends
+        return status
     except KvasirError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:

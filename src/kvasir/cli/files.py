@@ -24,8 +24,11 @@ def bundled() -> dict[str, str]:
 def load_deployment(name_or_path: str | Path) -> Deployment:
     """A bundled deployment by name, else the file at that path; policy names are checked.
 
+    A model with a folder and no shape gets the shape of the folder's `config.json`.
+
     Raises ConfigError: no such name or file, unreadable, or wrong inside.
     """
+    from kvasir.cli.models import with_shapes
     from kvasir.cost.catalog import CATALOG
     from kvasir.policy.admit import ADMITS
     from kvasir.policy.batch import BATCHES
@@ -35,7 +38,7 @@ def load_deployment(name_or_path: str | Path) -> Deployment:
     name = str(name_or_path)
     own = bundled()
     text = own[name] if name in own else _read(Path(name), list(own))
-    return parse_deployment(
+    deployment = parse_deployment(
         text,
         name,
         known_routes=ROUTES,
@@ -44,6 +47,7 @@ def load_deployment(name_or_path: str | Path) -> Deployment:
         known_evicts=EVICTS,
         known_shapes=CATALOG,
     )
+    return with_shapes(deployment)
 
 
 def chosen(name_or_path: str | None, otherwise: str) -> str:

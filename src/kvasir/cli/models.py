@@ -54,9 +54,13 @@ def with_folders(deployment: Deployment) -> Deployment:
 
 
 def with_shapes(deployment: Deployment) -> Deployment:
-    """Shapes from the folders of models that give a path and no shape. Raises ModelError."""
-    models = [_shaped(m, m.path) if m.path else m for m in deployment.models]
-    return _with_models(deployment, models)
+    """Shapes from the folders of models that give a path and no shape, where there is a folder.
+
+    Raises ModelError for a `config.json` that is wrong.
+    """
+    there = [bool(m.path) and model_folder(m.path or "").is_dir() for m in deployment.models]
+    pairs = zip(deployment.models, there, strict=True)
+    return _with_models(deployment, [_shaped(m, m.path or "") if is_ else m for m, is_ in pairs])
 
 
 def model_folder(path: str) -> Path:

@@ -69,11 +69,10 @@ def simulate(
 
 
 def load(deployment: str | None) -> Deployment:
-    """The deployment that a simulation means; shapes of model folders are filled in."""
+    """The deployment that a simulation means."""
     from kvasir.cli.files import chosen, load_deployment
-    from kvasir.cli.models import with_shapes
 
-    return with_shapes(load_deployment(chosen(deployment, "mooncake-64")))
+    return load_deployment(chosen(deployment, "mooncake-64"))
 
 
 def workload_of(spec: Deployment, trace: str | None, limit: int | None, seed: int) -> Trace:

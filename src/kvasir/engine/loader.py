@@ -187,6 +187,7 @@ def _load_model(folder: Path, dtype: Dtype) -> Any:
                 dtype=DTYPES[dtype],
                 attn_implementation=attention.NAME,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,14 +14,16 @@ class Answer:
     """With `chunks` it makes events, without it gathers text and ids for one JSON answer."""
 
     __slots__ = (
-        "ask", "attempts", "chunks", "end", "ids", "last_at", "parts", "path", "placed",
-        "_detok", "_stops",
+        "ask", "attempts", "chunks", "end", "ids", "last_at", "parts", "path", "placed", "stops",
+        "_detok", "_push", "_told",
     )  # fmt: skip
 
     def __init__(self, ask: Ask, text: Text, stops: Sequence[str], chunks: Chunks | None) -> None:
         self.ask, self.chunks = ask, chunks
+        self.stops = StopMatcher(stops) if stops else None
         self._detok = text.detokenizer()
-        self._stops = StopMatcher(stops) if stops else None
+        self._push = self._detok.push if self.stops is None else self._push_matched
+        self._told = False
         self.parts: list[str] = []
         self.ids: list[int] = []
         self.placed: PlacedPiece | None = None
@@ -29,42 +31,46 @@ class Answer:
         self.path, self.attempts = "", 0
         self.last_at: float | None = None  # when its newest tokens came
 
-    @property
-    def stopped(self) -> bool:
-        """A stop string matched."""
-        return self._stops is not None and self._stops.matched
-
     def place(self, piece: PlacedPiece) -> None:
         self.placed, self.path = piece, piece.path
         self.attempts += 1
 
     def take(self, tokens: Sequence[int]) -> bytes:
         """One event a token, or nothing to send yet."""
+        push = self._push
         if self.chunks is None:
             self.ids.extend(tokens)
-            self.parts.extend(map(self._push, tokens))
+            self.parts.extend([push(token) for token in tokens])
             return b""
         event = self.chunks.token
         if len(tokens) == 1:
-            return event(self._push(tokens[0]), tokens[0])
-        return b"".join([event(self._push(token), token) for token in tokens])
+            return event(push(tokens[0]), tokens[0])
+        return b"".join([event(push(token), token) for token in tokens])
 
-    def _push(self, token: int) -> str:
-        text = self._detok.push(token)
-        return text if self._stops is None else self._stops.push(text)
+    def _push_matched(self, token: int) -> str:
+        assert self.stops is not None
+        return self.stops.push(self._detok.push(token))
+
+    def must_stop(self) -> bool:
+        """Whether a stop string matched; true once."""
+        if self.stops is None or self._told or not self.stops.matched:
+            return False
+        self._told = True
+        return True
 
     def rest(self) -> str:
         """Text that was held back to the end."""
         text = self._detok.finish()
-        if self._stops is None:
+        if self.stops is None:
             return text
-        return self._stops.push(text) + self._stops.finish()
+        return self.stops.push(text) + self.stops.finish()
 
     @property
     def finish_reason(self) -> str:
         """`stop` or `length`; settled after `rest`."""
         assert self.end is not None
-        return "stop" if self.stopped else self.end.reason
+        stopped = self.stops is not None and self.stops.matched
+        return "stop" if stopped else self.end.reason
 
 
 def usage_of(answers: Sequence[Answer]) -> Usage:

@@ -45,10 +45,10 @@ _encode: Final = msgspec.json.Encoder().encode
 class Reply:
     """The response side of one request: whole, or opened and written piece by piece."""
 
-    __slots__ = ("_send", "opened", "over", "request_id")
+    __slots__ = ("opened", "over", "request_id", "send")
 
     def __init__(self, send: Send, request_id: str) -> None:
-        self._send = send
+        self.send = send
         self.request_id = request_id
         self.opened = False
         self.over = False  # nothing is left to say, so a hang-up means nothing any more
@@ -57,11 +57,11 @@ class Reply:
         await self._start(200, [*EVENTS, (b"x-kvasir-path", path.encode())])
 
     async def write(self, body: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def close(self, body: bytes) -> None:
         self.over = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def whole(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
         size = (b"content-length", b"%d" % len(body))
@@ -78,7 +78,7 @@ class Reply:
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.opened = True
         headers.append((b"x-request-id", self.request_id.encode("ascii")))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
 
 class Line:
@@ -169,11 +169,15 @@ class Exchange:
     async def _pump(self, pieces: Pieces | AsyncGenerator[Tagged, None]) -> None:
         left = len(self._answers)
         answer = self._answers[0]
+        write = self._reply.send
         async for piece in pieces:
             if isinstance(piece, Tagged):
                 answer, piece = self._answers[piece.index], piece.piece
             if isinstance(piece, TokensPiece):
-                await self._tokens(answer, piece.tokens)
+                events = answer.take(piece.tokens)
+                if events:
+                    await write({"type": "http.response.body", "body": events, "more_body": True})
+                self._count(answer, len(piece.tokens))
             elif isinstance(piece, PlacedPiece):
                 answer.place(piece)
                 if self._shared is not None and not self._reply.opened:
@@ -187,20 +191,16 @@ class Exchange:
                 raise Refused(of_fail(piece))
         raise Refused(of_status(503, "the answer broke off"))
 
-    async def _tokens(self, answer: Answer, tokens: tuple[int, ...]) -> None:
-        was_stopped = answer.stopped
-        events = answer.take(tokens)
-        if events:
-            await self._reply.write(events)
-        now = self._clock()
-        if answer.last_at is not None:
-            self._metrics.token_gap(now - answer.last_at, len(tokens) - 1)
+    def _count(self, answer: Answer, tokens: int) -> None:
+        now, last = self._clock(), answer.last_at
+        answer.last_at = now
+        if last is not None:
+            self._metrics.token_gap(now - last, tokens - 1)
         else:
             self._metrics.first_token(now - self._began, answer.path, answer.ask.model)
-            if len(tokens) > 1:
-                self._metrics.token_gap(0.0, len(tokens) - 2)
-        answer.last_at = now
-        if answer.stopped and not was_stopped:
+            if tokens > 1:
+                self._metrics.token_gap(0.0, tokens - 2)
+        if answer.stops is not None and answer.must_stop():
             self._desk.stop(answer.ask.request_id)
 
     async def _end(self, answer: Answer, piece: EndPiece, left: int) -> None:

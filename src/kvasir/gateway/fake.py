@@ -38,13 +38,13 @@ class FakeDetok:
 
 
 class FakeText:
-    """Token ids are code points; no model's tokenizer, and next to no work."""
+    """One token a byte in, one a code point out; no model's tokenizer, and next to no work."""
 
     eos_ids: tuple[int, ...] = (0,)
     vocab = 0xD800
 
     async def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        return tuple(map(ord, text))
+        return tuple(text.encode())
 
     def render(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
         return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
@@ -112,31 +112,32 @@ class FakeDesk:
     async def _play(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         over = False
         try:
-            async for piece in self._pieces(ask):
-                over = isinstance(piece, EndPiece | FailPiece)
-                yield piece
+            await asyncio.sleep(self._placed_s)
+            if self._fail is not None and self._fail_at < 0:
+                over = True
+                yield self._fail
+                return
+            yield PlacedPiece(self._path, "prefill-0", "decode-0")
+            script = self._script[: ask.max_tokens]
+            sent = 0
+            while sent < len(script) and ask.request_id not in self.stopped:
+                await asyncio.sleep(self._token_s if sent else self._first_s)
+                if self._fail is not None and sent >= self._fail_at:
+                    over = True
+                    yield self._fail
+                    return
+                tokens = script[sent : sent + self._bundle]
+                sent += len(tokens)
+                yield TokensPiece(tokens)
+            over = True
+            yield self._end(ask, sent)
         finally:
             if self.keep:
                 (self.ended if over else self.cancelled).append(ask.request_id)
 
-    async def _pieces(self, ask: Ask) -> AsyncGenerator[Piece, None]:
-        await asyncio.sleep(self._placed_s)
-        if self._fail is not None and self._fail_at < 0:
-            yield self._fail
-            return
-        yield PlacedPiece(self._path, "prefill-0", "decode-0")
-        script = self._script[: ask.max_tokens]
-        sent = 0
-        while sent < len(script) and ask.request_id not in self.stopped:
-            await asyncio.sleep(self._token_s if sent else self._first_s)
-            if self._fail is not None and sent >= self._fail_at:
-                yield self._fail
-                return
-            tokens = script[sent : sent + self._bundle]
-            sent += len(tokens)
-            yield TokensPiece(tokens)
+    def _end(self, ask: Ask, sent: int) -> EndPiece:
         cut = sent == ask.max_tokens and ask.request_id not in self.stopped
-        yield EndPiece(
+        return EndPiece(
             reason="length" if cut else "stop",
             prompt_tokens=len(ask.tokens),
             cached_tokens=len(ask.tokens) // 16 * 16,

@@ -72,7 +72,10 @@ async def plan_completion(body: CompletionBody, desk: Desk, caller: Caller, run_
     prompts = _prompts(body.prompt)
     asks = []
     for i, prompt in enumerate(prompts):
-        tokens = await text.encode(prompt, special=True) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            tokens = await text.encode(prompt, special=True)
+        else:
+            tokens = _checked("prompt", prompt, text)
         own_id = run_id if len(prompts) == 1 else f"{run_id}-{i}"
         default = COMPLETION_TOKENS_DEFAULT
         asks.append(_ask(body, caller, text, card, own_id, tokens, body.max_tokens, default))
@@ -124,8 +127,6 @@ def _ask(
 ) -> Ask:
     if not tokens:
         raise BadField("the prompt is empty: it needs at least one token", _input_name(body))
-    if not 0 <= min(tokens) <= max(tokens) < text.vocab:
-        raise BadField(f"a prompt token is not in [0, {text.vocab})", _input_name(body))
     return Ask(
         request_id=request_id,
         model=body.model,
@@ -137,6 +138,13 @@ def _ask(
         slo_ttft_s=caller.slo_ttft_s,
         slo_tpot_s=caller.slo_tpot_s,
     )
+
+
+def _checked(name: str, tokens: tuple[int, ...], text: Text) -> tuple[int, ...]:
+    """Token ids that the client chose."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) < text.vocab:
+        raise BadField(f"{name} has a token id that is not in [0, {text.vocab})", name)
+    return tokens
 
 
 def _input_name(body: ChatBody | CompletionBody) -> str:
@@ -169,9 +177,7 @@ def _sampling(body: ChatBody | CompletionBody, text: Text) -> Sampling:
         raise BadField(f"top_p must be in (0, 1], not {top_p}", "top_p")
     if body.seed is not None and not -(2**SEED_BITS) <= body.seed < 2**SEED_BITS:
         raise BadField("seed must fit in 64 bits", "seed")
-    own = tuple(body.stop_token_ids or ())
-    if own and not 0 <= min(own) <= max(own) < text.vocab:
-        raise BadField(f"a stop token is not in [0, {text.vocab})", "stop_token_ids")
+    own = _checked("stop_token_ids", tuple(body.stop_token_ids or ()), text)
     return Sampling(
         temperature=temperature,
         top_p=top_p,

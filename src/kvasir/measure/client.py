@@ -18,7 +18,6 @@ from kvasir.core.errors import ConfigError
 LINE_BYTES_MAX: Final = 64 * 1024
 HEADERS_MAX: Final = 100
 EVENT_BYTES_MAX: Final = 16 * 1024 * 1024
-CHUNK_BYTES_MAX: Final = 64 * 1024 * 1024
 READ_BYTES: Final = 64 * 1024
 
 
@@ -75,23 +74,28 @@ class Response:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body, in pieces as they arrive. Raises HttpError when it ends early."""
-        reader = self._reader
-        try:
-            if "chunked" in self.headers.get("transfer-encoding", "").lower():
-                while size := _number((await _line(reader)).split(b";")[0].decode("latin-1"), 16):
-                    yield await reader.readexactly(_below(size, CHUNK_BYTES_MAX))
-                    await _line(reader)
-                await _headers(reader)
-            elif "content-length" in self.headers:
-                size = _number(self.headers["content-length"], 10)
-                yield await reader.readexactly(_below(size, CHUNK_BYTES_MAX))
-            else:
-                while piece := await reader.read(READ_BYTES):
-                    yield piece
-                return  # the end of the connection ends the body: nothing to keep
-        except asyncio.IncompleteReadError as error:
-            raise HttpError("the connection closed in the middle of the body") from error
+        if "chunked" in self.headers.get("transfer-encoding", "").lower():
+            chunks = Chunks()
+            while not chunks.ended:
+                yield chunks.feed(await self._some())
+        elif "content-length" in self.headers:
+            left = _number(self.headers["content-length"], 10)
+            while left:
+                piece = await self._some(left)
+                left -= len(piece)
+                yield piece
+        else:
+            while piece := await self._reader.read(READ_BYTES):
+                yield piece
+            return  # the end of the connection ends the body: nothing to keep
         self._ended = True
+
+    async def _some(self, most: int = READ_BYTES) -> bytes:
+        """What has arrived, at least one byte."""
+        piece = await self._reader.read(min(most, READ_BYTES))
+        if not piece:
+            raise HttpError("the connection closed in the middle of the body")
+        return piece
 
     async def text(self, bytes_max: int) -> str:
         """The first bytes of the body, as text."""
@@ -103,7 +107,51 @@ class Response:
         return data[:bytes_max].decode("utf-8", "replace")
 
 
-def _number(text: str, base: int) -> int:
+class Chunks:
+    """Chunked transfer coding taken off (RFC 9112, section 7.1); all that came is decoded at once.
+
+    size CRLF data CRLF ... 0 CRLF trailers CRLF
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._rest = b""  # an unfinished line
+        self._left = 0  # of the data of this chunk
+        self._next = self._size
+
+    def feed(self, data: bytes) -> bytes:
+        """The body bytes in `data`. Raises HttpError for what is not chunked."""
+        data, at, parts = self._rest + data, 0, []
+        while at < len(data) and not self.ended:
+            if self._left:
+                parts.append(data[at : at + self._left])
+                at += len(parts[-1])
+                self._left -= len(parts[-1])
+                continue
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                break
+            self._next(data[at:stop].rstrip(b"\r"))
+            at = stop + 1
+        self._rest = data[at:]
+        if len(self._rest) > LINE_BYTES_MAX:
+            raise HttpError(f"a line of more than {LINE_BYTES_MAX} bytes")
+        return b"".join(parts)
+
+    def _size(self, line: bytes) -> None:
+        self._left = _number(line.partition(b";")[0], 16)
+        self._next = self._gap if self._left else self._trailer
+
+    def _gap(self, line: bytes) -> None:
+        if line:
+            raise HttpError("a chunk is longer than it said")
+        self._next = self._size
+
+    def _trailer(self, line: bytes) -> None:
+        self.ended = not line
+
+
+def _number(text: str | bytes, base: int) -> int:
     try:
         value = int(text, base)
     except ValueError:
@@ -111,12 +159,6 @@ def _number(text: str, base: int) -> int:
     if value < 0:
         raise HttpError(f"{text[:40]!r} is not a length")
     return value
-
-
-def _below(size: int, limit: int) -> int:
-    if size > limit:
-        raise HttpError(f"a piece of {size} bytes; the limit is {limit}")
-    return size
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:
@@ -147,7 +189,7 @@ async def _status(reader: asyncio.StreamReader) -> int:
     parts = (await _line(reader)).split(b" ", 2)
     if len(parts) < 2 or not parts[0].startswith(b"HTTP/1."):
         raise HttpError("the answer is not HTTP/1.1")
-    return _number(parts[1].decode("latin-1"), 10)
+    return _number(parts[1], 10)
 
 
 # --- requests -------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class Timing(msgspec.Struct, gc=False):
 class Chunk(msgspec.Struct, gc=False):
     choices: list[Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
     kvasir: Timing | None = None
 
 
@@ -161,8 +161,9 @@ class Answer:
         self._closed_s: float | None = None
 
     def take(self, chunk: Chunk, now: float) -> None:
-        if chunk.error is not None and bytes(chunk.error) != b"null":
-            self.error = bytes(chunk.error).decode("utf-8", "replace")[:ERROR_CHARS_MAX]
+        if chunk.error:
+            details = chunk.error if isinstance(chunk.error, dict) else {"message": chunk.error}
+            self.error = str(details.get("message", "unknown"))[:ERROR_CHARS_MAX]
         for choice in chunk.choices[:1]:
             self.ended_s = now
             content, delta = choice.content, choice.delta

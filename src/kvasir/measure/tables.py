@@ -36,7 +36,7 @@ def _row(label: str, value: str | int) -> str:
 
 
 def _number(label: str, value: float) -> str:
-    return f"{label:<40} {value:<10.2f}"
+    return f"{label:<40} {round(value, 2) + 0.0:<10.2f}"  # + 0.0: no row says -0.00
 
 
 def _section(title: str) -> str:

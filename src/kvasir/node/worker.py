@@ -78,7 +78,8 @@ class Worker:
         self._cut_asked = False
         self._seq = 0
         self._kv_seq = 0
-        self._early: dict[tuple[RequestId, int], float] = {}
+        self._early: dict[tuple[RequestId, int], float] = {}  # prompts before their dispatch
+        self._early_wants: dict[tuple[RequestId, int], tuple[float, KvWant]] = {}
         self._now = 0.0
         self._out: list[AnyEffect] = []
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
@@ -181,6 +182,9 @@ class Worker:
             self.room.append(work)
         if self._early.pop((request_id, event.attempt), None) is not None:
             self._got_prompt(work)
+        _, want = self._early_wants.pop((request_id, event.attempt), (0.0, None))
+        if want is not None:
+            self._on_want(want)
 
     def _refusal(self, event: Dispatch) -> str:
         size, total = self.config.capacity.block_size, self.config.capacity.kv_blocks
@@ -324,6 +328,11 @@ class Worker:
 
     def _on_want(self, event: KvWant) -> None:
         work = self.works.get(event.request_id)
+        if work is None or work.attempt < event.attempt:  # it may have overtaken the dispatch
+            key = (event.request_id, event.attempt)
+            if len(self._early_wants) < self.config.waiting_max and key not in self.quarantine:
+                self._early_wants[key] = (self._now, event)
+                return
         if work is None or work.attempt != event.attempt or work.phase != "prefill":
             self._tell(event.target, KvGone(event.request_id, event.attempt, "kv gone"))
             return
@@ -615,6 +624,10 @@ class Worker:
             if now - since > c.prompt_wait_s:
                 del self._early[key]
                 self._out.append(Release(*key))
+        for key, (since, want) in list(self._early_wants.items()):
+            if now - since > c.beat_s:
+                del self._early_wants[key]
+                self._tell(want.target, KvGone(*key, "kv gone"))
 
     # --- telling ----------------------------------------------------------------------------------
 

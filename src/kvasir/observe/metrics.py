@@ -205,9 +205,10 @@ class Metrics(Collector):
 
     def token_gap(self, seconds: float, extra: int = 0) -> None:
         """One gap between tokens; `extra` more tokens came together with the later one."""
-        self._gap.observe(seconds)
-        if extra:
-            self._gap.counts[0] += extra
+        gap = self._gap
+        gap.counts[bisect_left(SECONDS, seconds)] += 1
+        gap.counts[0] += extra
+        gap.sum += seconds
 
     def gauges(self, queued: int, running: int, kv_usage: Mapping[WorkerId, float]) -> None:
         """The state now; `kv_usage` is each worker's share of KV blocks in use, 0 to 1."""

@@ -48,7 +48,7 @@ class Recorder:
             self.itl.add(outcome.steps, outcome.first_s, outcome.last_s, together, outcome.started)
 
     def _joined(self, request_id: RequestId, index: int, last: float | None, at: float) -> None:
-        if last is None:
+        if last is None or at < last:  # the second: a lost attempt that does not know it yet
             return
         self.itl.add(1, at - last, at - last, 1, last)
         if index == 1:

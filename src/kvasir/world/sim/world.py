@@ -66,6 +66,7 @@ class SimWorld:
         self.recorder = Recorder()
         self.now = 0.0
         self.events = 0
+        self.touched: Node | None = None  # the node that handled the last event
         self.hosts: dict[NodeId, Host] = {}
         self.emitted: dict[RequestId, int] = {}
         self.ended: dict[RequestId, str] = {}
@@ -153,6 +154,10 @@ class SimWorld:
         assert isinstance(node, Conductor)
         return node
 
+    def workers(self) -> list[Worker]:
+        """Living workers' nodes."""
+        return [h.node for h in self.hosts.values() if isinstance(h.node, Worker)]
+
     def _turn(self) -> None:
         at, _, host, what = heapq.heappop(self._heap)
         self.now = at
@@ -167,6 +172,7 @@ class SimWorld:
     def deliver(self, host: Host, event: AnyMessage) -> None:
         """One input to one node, and everything that it decides."""
         effects = host.node.handle(self.now, event)
+        self.touched = host.node
         if host.journal is not None:
             host.journal.add(self.now, event, effects)
         for effect in effects:
@@ -330,6 +336,13 @@ class SimWorld:
         self.schedule(
             death.back_at, lambda: self.boot_worker(death.worker, host.incarnation + 1)
         )
+
+    def check_touched(self) -> None:
+        """Invariants of what the last event can have changed: one node, and the network."""
+        if self.touched is not None:
+            self.touched.check()
+            self.touched = None
+        self.network.check()
 
     def check(self) -> None:
         """Every node's own invariants, and the network's."""
