@@ -76,15 +76,24 @@ def served(desk: FakeDesk, limits: LimitsSpec | None = None) -> Iterator[int]:
         raise failed[0]
 
 
-@pytest.fixture
-def desk() -> FakeDesk:
-    return FakeDesk(FakeText(), SCRIPT)
-
-
-@pytest.fixture
-def port(desk: FakeDesk) -> Iterator[int]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[FakeDesk, int]]:
+    desk = FakeDesk(FakeText(), SCRIPT)
     with served(desk) as bound:
-        yield bound
+        yield desk, bound
+
+
+@pytest.fixture
+def desk(shared: tuple[FakeDesk, int]) -> FakeDesk:
+    """The desk behind `port`, with nothing seen yet."""
+    for seen in (shared[0].asks, shared[0].cancelled, shared[0].ended, shared[0].stopped):
+        seen.clear()
+    return shared[0]
+
+
+@pytest.fixture
+def port(shared: tuple[FakeDesk, int]) -> int:
+    return shared[1]
 
 
 @contextlib.contextmanager
@@ -513,13 +522,17 @@ def test_version(port: int) -> None:
     assert get(port, "/version").json() == {"version": kvasir.__version__}
 
 
-def test_metrics_count_what_clients_saw_and_answer_head(port: int) -> None:
-    post(port, "/v1/chat/completions", chat_body(stream=True, max_tokens=5))
-    page = get(port, "/metrics")
+def test_metrics_count_what_clients_saw() -> None:
+    with served(FakeDesk(FakeText(), SCRIPT)) as port:
+        post(port, "/v1/chat/completions", chat_body(stream=True, max_tokens=5))
+        page = get(port, "/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     labels = 'model="fake",path="disaggregated"'
     assert f"kvasir_time_to_first_token_seconds_count{{{labels}}} 1.0" in page.text
     assert "kvasir_inter_token_latency_seconds_count 4.0" in page.text
+
+
+def test_metrics_answer_head(port: int) -> None:
     with send(port, f"HEAD /metrics HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()) as sock:
         reply = sock.recv(1 << 16)
         assert reply.startswith(b"HTTP/1.1 200")
@@ -545,7 +558,7 @@ def test_an_address_that_is_not_ours_is_a_config_error() -> None:
         pass
 
 
-def test_a_stop_lets_answers_end(desk: FakeDesk) -> None:
+def test_a_stop_lets_answers_end() -> None:
     desk = FakeDesk(FakeText(), SCRIPT, token_s=0.02)
     got: list[httpx.Response] = []
     with served(desk) as port:
@@ -564,4 +577,6 @@ def test_a_stop_cuts_answers_that_do_not_end() -> None:
         sock = send(port, raw_post("/v1/chat/completions", chat_body(stream=True)))
         eventually(lambda: bool(desk.asks))
     assert desk.cancelled == [desk.asks[0].request_id]
+    with sock.makefile("rb") as file:
+        assert b"the server is stopping" in file.read()
     sock.close()

@@ -224,11 +224,11 @@ def test_local_has_the_shape_and_folder_of_the_model_in_the_package() -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """What `kvasir serve` would have run."""
     runs: list[SimpleNamespace] = []
-    module = ModuleType("kvasir.runtime.serve")
+    module = ModuleType("kvasir.gateway.platform")
     module.run = lambda deployment, **more: runs.append(  # type: ignore[attr-defined]
         SimpleNamespace(deployment=deployment, **more)
     )
-    monkeypatch.setitem(sys.modules, "kvasir.runtime.serve", module)
+    monkeypatch.setitem(sys.modules, "kvasir.gateway.platform", module)
     return runs
 
 

@@ -66,7 +66,7 @@ def serve(
     _check_engine(deployment)
     deployment = with_folders(deployment)
 
-    from kvasir.runtime.serve import run
+    from kvasir.gateway.platform import run
 
     run(deployment, host=host, port=port, record=record)
 

@@ -110,6 +110,7 @@ class Closed(Event, frozen=True):
     output_tokens: int
     ttft_s: float | None = None
     tpot_s: float | None = None
+    second_token_delay_s: float | None = None
     duration_s: float = 0.0
 
 

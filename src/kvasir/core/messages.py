@@ -284,12 +284,16 @@ class Drain(Message, frozen=True):
 
 
 class KvWant(Message, frozen=True):
-    """The decode side has room: send blocks `first_block` to the end of the input."""
+    """The decode side has room: send blocks `first_block` to the end of the input.
+
+    `address` is where the target's receiver listens; like token ids it is for processes, not nodes.
+    """
 
     request_id: RequestId
     attempt: int
     target: WorkerId
     first_block: int
+    address: str = ""
 
 
 class KvGone(Message, frozen=True):
@@ -420,7 +424,9 @@ AnyMessage = (
 
 
 def bare(message: AnyMessage) -> AnyMessage:
-    """The message as a node may see it: without token ids."""
+    """The message as a node may see it: without token ids and addresses."""
     if isinstance(message, (Prompt, Tokens)):
         return msgspec.structs.replace(message, tokens=b"")
+    if isinstance(message, KvWant):
+        return msgspec.structs.replace(message, address="")
     return message

@@ -6,6 +6,7 @@ Every error is one JSON object with a status, and no traceback leaves the proces
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -123,6 +124,9 @@ class Completions:
             await reply.error(of_error(error))
         except Refused as refused:
             await reply.error(refused.error)
+        except asyncio.CancelledError:  # the server's grace is over; this task is its own top
+            if not reply.over:
+                await reply.error(of_status(503, "the server is stopping"))
         except Exception:
             log.exception("request %s", reply.request_id)
             await reply.error(of_bug(reply.request_id))

@@ -194,7 +194,7 @@ class Requests:
             Closed(
                 life.request.id, life.request.model, life.path, reason, life.attempt,
                 usage.prompt_tokens, usage.cached_tokens, usage.output_tokens, ttft_s,
-                tpot_of(life), self._now - life.arrived_at,
+                tpot_of(life), second_delay_of(life), self._now - life.arrived_at,
             )
         )  # fmt: skip
 
@@ -229,3 +229,10 @@ def tpot_of(life: Life) -> float | None:
     if life.first_at is None or life.last_at is None or life.emitted < 2:
         return None
     return (life.last_at - life.first_at) / (life.emitted - 1)
+
+
+def second_delay_of(life: Life) -> float | None:
+    """Seconds between the first two tokens: where a hand-over shows under `first_token: prefill`."""
+    if life.first_at is None or life.second_at is None:
+        return None
+    return life.second_at - life.first_at

@@ -96,7 +96,7 @@ class SimWorld:
         self._boot(CONDUCTOR, 1, "conductor", Conductor(d), d.model_dump(mode="json"))
         for worker in d.worker_ids():
             self.boot_worker(worker, 1)
-        limits = {"limits": d.limits.model_dump(mode="json")}
+        limits = {"gateway": GATEWAY, "limits": d.limits.model_dump(mode="json")}
         self._boot(GATEWAY, 1, "gateway", build_requests(d, GATEWAY, 1), limits)
         if d.topology.telemetry_s is not None:
             self.schedule(d.topology.telemetry_s, self._telemetry)

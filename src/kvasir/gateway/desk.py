@@ -1,0 +1,226 @@
+"""The desk over a live cluster: the request node with its token ids, as the HTTP routes see it.
+
+Keeps prompt and emitted tokens; the node keeps counts. Decides nothing: it turns the node's effects
+into pieces, and puts token ids on the messages that carry them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import msgspec
+
+from kvasir.core import effects as fx
+from kvasir.core.errors import NotFound, nearest
+from kvasir.core.events import AnyEvent, Closed
+from kvasir.core.ids import NodeId, RequestId
+from kvasir.core.keys import block_keys, salt_of
+from kvasir.core.messages import (
+    AnyMessage, Arrive, Done, EndReason, Hangup, Path, Prompt, Report, Tokens,
+)  # fmt: skip
+from kvasir.core.request import Request, Slo
+from kvasir.core.specs import Deployment
+from kvasir.gateway.port import (
+    Ask, EndPiece, FailPiece, Health, ModelCard, Piece, Pieces, PlacedPiece, Text, TokensPiece,
+)  # fmt: skip
+from kvasir.node.request import Requests
+from kvasir.world.journal import Journal
+from kvasir.world.live.host import Bus, Host
+
+PERFORMS = (fx.Tell, fx.Timer, fx.Reply, fx.Refuse, fx.Note)
+
+
+class Open:
+    """One request that a client waits for."""
+
+    __slots__ = ("emitted", "ended", "pieces", "prompt", "report")
+
+    def __init__(self, prompt: tuple[int, ...]) -> None:
+        self.prompt = prompt
+        self.emitted: array[int] = array("I")
+        self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self.report: Report | None = None
+        self.ended = False
+
+
+class LiveDesk:
+    """`gateway.port.Desk`. Everything runs on one event loop."""
+
+    def __init__(
+        self, deployment: Deployment, node: Requests, bus: Bus, texts: dict[str, Text],
+        health: Callable[[], Health], *, journal: Journal | None,
+        observe: Callable[[AnyEvent], None],
+    ) -> None:  # fmt: skip
+        fx.require("the gateway", PERFORMS, ())
+        self._deployment = deployment
+        self._node = node
+        self._bus = bus
+        self._texts = texts
+        self._health = health
+        self._observe = observe
+        self._created = int(time.time())
+        self._open: dict[RequestId, Open] = {}
+        self._incoming: Tokens | None = None
+        self.id: NodeId = node.gateway
+        self.host = Host(
+            self.id, node, bus, journal, arriving=self._arriving,
+            perform={
+                fx.Tell: self._tell, fx.Reply: self._reply, fx.Refuse: self._refuse,
+                fx.Note: self._note,
+            },
+        )  # fmt: skip
+
+    # --- the Desk ---------------------------------------------------------------------------------
+
+    def submit(self, ask: Ask) -> Pieces:
+        found = self._open[ask.request_id] = Open(ask.tokens)
+        self.host.feed(Arrive(self._request(ask)))
+        return _Pieces(self, ask.request_id, found)
+
+    def stop(self, request_id: RequestId) -> None:
+        self.host.feed(Hangup(request_id, "stop"))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """The client is gone."""
+        self.host.feed(Hangup(request_id, "cancelled"))
+
+    def models(self) -> Sequence[ModelCard]:
+        from kvasir.cost.catalog import shape_of
+
+        return [
+            ModelCard(m.name, self._created, m.max_context or shape_of(m).max_context)
+            for m in self._deployment.models
+        ]
+
+    def health(self) -> Health:
+        return self._health()
+
+    def text(self, model: str) -> Text:
+        found = self._texts.get(model)
+        if found is None:
+            raise NotFound(
+                f"the model {model!r} does not exist", nearest=nearest(model, self._texts)
+            )
+        return found
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    def _request(self, ask: Ask) -> Request:
+        d = self._deployment
+        version = next(m.version for m in d.models if m.name == ask.model)
+        salt = salt_of(f"{ask.model}@{version}", None, ask.tenant)
+        slo = None
+        if ask.slo_ttft_s is not None or ask.slo_tpot_s is not None:
+            slo = Slo(ask.slo_ttft_s or d.slo.ttft_s, ask.slo_tpot_s or d.slo.tpot_s)
+        now = time.monotonic()
+        return Request(
+            id=ask.request_id,
+            model=ask.model,
+            prompt_tokens=len(ask.tokens),
+            max_tokens=ask.max_tokens,
+            keys=block_keys(ask.tokens, d.block_size, salt),
+            gateway=self.id,
+            version=version,
+            tenant=ask.tenant,
+            salt=salt,
+            band=ask.band,
+            session=ask.session,
+            arrival_s=now,
+            deadline_s=now + ask.deadline_s if ask.deadline_s is not None else None,
+            slo=slo,
+            sampling=ask.sampling,
+        )
+
+    # --- the node's inputs and effects ------------------------------------------------------------
+
+    def _arriving(self, message: AnyMessage) -> None:
+        if isinstance(message, Tokens):
+            self._incoming = message
+        elif isinstance(message, Done):
+            found = self._open.get(message.request_id)
+            if found is not None:
+                found.report = message.report
+
+    def _tell(self, effect: fx.Tell) -> None:
+        message = effect.message
+        if isinstance(message, Prompt):
+            found = self._open[message.request_id]
+            tokens = array("I", found.prompt) + found.emitted
+            assert len(tokens) == message.count, (len(tokens), message.count)
+            message = msgspec.structs.replace(message, tokens=tokens.tobytes())
+        self._bus.tell(self.id, effect.to, message)
+
+    def _reply(self, effect: fx.Reply) -> None:
+        found = self._open.get(effect.request_id)
+        if found is None or effect.end is not None:
+            return  # the end is told by `Closed`, which knows more
+        if effect.count:
+            incoming = self._incoming
+            assert incoming is not None and effect.first == len(found.emitted)
+            new = array("I", incoming.tokens)[effect.first - incoming.index :]
+            assert len(new) == effect.count
+            found.emitted.extend(new)
+            found.pieces.put_nowait(TokensPiece(tuple(new)))
+        else:
+            life = self._node.lives[effect.request_id]
+            found.pieces.put_nowait(
+                PlacedPiece(cast(Path, effect.path), life.prefill, life.decode)
+            )
+
+    def _refuse(self, effect: fx.Refuse) -> None:
+        found = self._open.get(effect.request_id)
+        if found is not None and not found.ended:
+            found.ended = True
+            found.pieces.put_nowait(FailPiece(effect.status, effect.reason, effect.retry_after_s))
+
+    def _note(self, effect: fx.Note) -> None:
+        event = effect.event
+        if isinstance(event, Closed):
+            self._closed(event)
+        self._observe(event)
+
+    def _closed(self, event: Closed) -> None:
+        found = self._open.pop(event.request_id, None)
+        if found is None or found.ended:
+            return
+        found.ended = True
+        report = found.report
+        queue_s = report.prefill.queue_s + report.decode_queue_s if report is not None else 0.0
+        found.pieces.put_nowait(
+            EndPiece(
+                cast(EndReason, event.reason), event.prompt_tokens, event.cached_tokens,
+                event.output_tokens, report, queue_s, event.ttft_s, event.second_token_delay_s,
+                event.path,
+            )
+        )  # fmt: skip
+
+
+class _Pieces:
+    """The pieces of one request, as they come."""
+
+    __slots__ = ("_desk", "_found", "_over", "_request_id")
+
+    def __init__(self, desk: LiveDesk, request_id: RequestId, found: Open) -> None:
+        self._desk, self._request_id, self._found = desk, request_id, found
+        self._over = False
+
+    def __aiter__(self) -> _Pieces:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._over:
+            raise StopAsyncIteration
+        piece = await self._found.pieces.get()
+        self._over = isinstance(piece, (EndPiece, FailPiece))
+        return piece
+
+    async def aclose(self) -> None:
+        if not self._over:
+            self._over = True
+            self._desk.cancel(self._request_id)

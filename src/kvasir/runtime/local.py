@@ -1,0 +1,104 @@
+"""Worker processes on this host: started, watched, started again when they die.
+
+Knows processes. Must not know requests: a death is told to the conductor, which does the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kvasir.core.ids import WorkerId
+from kvasir.core.messages import WorkerGone
+from kvasir.core.specs import Deployment
+from kvasir.runtime.plan import StartFile
+
+RESTARTS_MAX = 5  # in a row, without having lived for STABLE_S
+STABLE_S = 30.0
+BACKOFF_S = 0.2
+STOP_S = 5.0
+
+
+class Fleet:
+    """All workers of a deployment. `on_gone` hears of each death; `on_lost` when one is given up."""
+
+    def __init__(
+        self, deployment: Deployment, run_dir: str, record: Path | None, *,
+        on_gone: Callable[[WorkerGone], None], on_lost: Callable[[WorkerId], None],
+    ) -> None:  # fmt: skip
+        self._deployment = deployment
+        self._json = deployment.model_dump_json()
+        self._run_dir, self._record = run_dir, record
+        self._on_gone, self._on_lost = on_gone, on_lost
+        self._processes: dict[WorkerId, asyncio.subprocess.Process] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    def start(self) -> None:
+        for worker in self._deployment.worker_ids():
+            self._tasks.append(asyncio.create_task(self._keep(worker)))
+
+    def pid(self, worker: WorkerId) -> int | None:
+        process = self._processes.get(worker)
+        return process.pid if process is not None and process.returncode is None else None
+
+    async def _keep(self, worker: WorkerId) -> None:
+        """Start, wait for its end, start again."""
+        loop = asyncio.get_running_loop()
+        incarnation = failures = 0
+        while not self._stopping:
+            incarnation += 1
+            began = loop.time()
+            process = await self._spawn(worker, incarnation)
+            status = await process.wait()
+            if self._stopping:
+                return
+            self._on_gone(WorkerGone(worker, incarnation, _words(status)))
+            failures = 0 if loop.time() - began > STABLE_S else failures + 1
+            if failures > RESTARTS_MAX:
+                self._on_lost(worker)
+                return
+            await asyncio.sleep(BACKOFF_S * 2**failures)
+
+    async def _spawn(self, worker: WorkerId, incarnation: int) -> asyncio.subprocess.Process:
+        start = StartFile(
+            self._json, worker, incarnation, self._run_dir,
+            str(self._record) if self._record is not None else None,
+        )  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "kvasir.runtime.worker", str(start.save()),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        self._processes[worker] = process
+        return process
+
+    async def stop(self) -> None:
+        """End every process that was started here, by its own id."""
+        self._stopping = True
+        living = [p for p in self._processes.values() if p.returncode is None]
+        for process in living:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        _, late = await asyncio.wait(
+            [asyncio.create_task(p.wait()) for p in living], timeout=STOP_S
+        ) if living else (set(), set())
+        for process in living if late else []:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *late, return_exceptions=True)
+
+
+def _words(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"exited with status {status}"

@@ -1,0 +1,44 @@
+"""What a worker process is told at its start: one JSON file in the run directory.
+
+The run directory is private to the user (mode 0700): sockets and start files live there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from kvasir.core.ids import CONDUCTOR, NodeId, WorkerId
+from kvasir.core.specs import Deployment
+
+GATEWAY: NodeId = "gateway-0"
+MAIN = "main"  # the process of gateway and conductor
+
+
+class StartFile(msgspec.Struct, frozen=True):
+    """`deployment` is the resolved deployment as JSON."""
+
+    deployment: str
+    worker: WorkerId
+    incarnation: int
+    run_dir: str
+    record: str | None = None
+
+    def save(self) -> Path:
+        path = Path(self.run_dir) / f"{self.worker}.{self.incarnation}.start.json"
+        path.write_bytes(msgspec.json.encode(self))
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> StartFile:
+        return msgspec.json.decode(path.read_bytes(), type=cls)
+
+    def parsed(self) -> Deployment:
+        return Deployment.model_validate_json(self.deployment)
+
+
+def address(run_dir: str, node: NodeId) -> str:
+    """Where a node's process listens: gateway and conductor share one."""
+    process = MAIN if node in (CONDUCTOR, GATEWAY) else node
+    return f"ipc://{run_dir}/{process}.ipc"

@@ -1,0 +1,114 @@
+"""A worker process: `python -m kvasir.runtime.worker START_FILE`. One node, one runner, one wire."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from kvasir.core.errors import KvasirError
+from kvasir.core.ids import CONDUCTOR
+from kvasir.core.messages import Start
+from kvasir.core.specs import Deployment, PoolSpec
+from kvasir.cost.pools import capacity_of
+from kvasir.engine.base import Runner
+from kvasir.net.topology import Topology
+from kvasir.node.build import worker_config
+from kvasir.node.worker import Worker, WorkerConfig
+from kvasir.runtime.plan import StartFile, address
+from kvasir.runtime.runners import make_runner
+from kvasir.world.journal import Journal
+from kvasir.world.live.host import Bus
+from kvasir.world.live.wire import Wire
+from kvasir.world.live.worker import LiveWorker
+
+ORPHAN_S = 0.5  # how often a worker looks whether its parent lives
+FAILED = 70  # exit status: the process cannot go on
+
+
+def main(argv: list[str]) -> int:
+    start = StartFile.load(Path(argv[1]))
+    try:
+        return uvloop.run(_serve(start))
+    except KvasirError as error:
+        print(f"{start.worker}: {error}", file=sys.stderr, flush=True)
+        return FAILED
+
+
+async def _serve(start: StartFile) -> int:
+    deployment = start.parsed()
+    pool = deployment.pool_of(start.worker)
+    runner = make_runner(deployment, pool)
+    config = _config(deployment, pool, start, runner)
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def fail(error: BaseException) -> None:
+        print(f"{start.worker}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if not ended.done():
+            ended.set_result(FAILED)
+
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: fail(context.get("exception") or RuntimeError(context["message"]))
+    )
+    bus = Bus()
+    worker = LiveWorker(
+        Worker(config), runner, bus, deployment.transport, start.run_dir,
+        journal=_journal(start, config, deployment.seed), on_failure=fail, observer=CONDUCTOR,
+    )  # fmt: skip
+    bus.wire = Wire(
+        address(start.run_dir, start.worker), bus.deliver,
+        lambda node: address(start.run_dir, node), deployment.limits.message_bytes_max,
+    )  # fmt: skip
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, _end, ended)
+    worker.host.feed(Start())
+    watch = asyncio.create_task(_watch_parent(ended, os.getppid()))
+    status = await ended
+    watch.cancel()
+    worker.close()
+    bus.wire.close()
+    return status
+
+
+def _config(
+    deployment: Deployment, pool: PoolSpec, start: StartFile, runner: Runner
+) -> WorkerConfig:
+    capacity = msgspec.structs.replace(
+        capacity_of(deployment, pool),
+        kv_token_bytes=runner.spec.kv_token_bytes,
+        context_max=runner.spec.context_max,
+    )
+    location = Topology(deployment.topology).place(deployment)[start.worker]
+    return worker_config(
+        deployment, start.worker, start.incarnation, location,
+        fingerprint=runner.spec.fingerprint, capacity=capacity,
+    )  # fmt: skip
+
+
+def _journal(start: StartFile, config: WorkerConfig, seed: int) -> Journal | None:
+    if start.record is None:
+        return None
+    name = start.worker if start.incarnation == 1 else f"{start.worker}.{start.incarnation}"
+    sink = (Path(start.record) / f"{name}.jsonl").open("wb", buffering=0)
+    return Journal(sink, name, "worker", msgspec.to_builtins(config), seed)
+
+
+def _end(ended: asyncio.Future[int]) -> None:
+    if not ended.done():
+        ended.set_result(0)
+
+
+async def _watch_parent(ended: asyncio.Future[int], parent: int) -> None:
+    """A worker never outlives the process that started it."""
+    while os.getppid() == parent:
+        await asyncio.sleep(ORPHAN_S)
+    _end(ended)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

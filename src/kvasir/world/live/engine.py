@@ -1,0 +1,100 @@
+"""One thread owns the runner: steps and everything else that touches it go through a queue.
+
+Knows the runner's contract and how to call back on the event loop. Must not know nodes or sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvasir.core.effects import Step
+from kvasir.core.ids import RequestId
+from kvasir.core.messages import StepDone
+from kvasir.engine.base import Runner, Sampled
+
+
+class Stream(NamedTuple):
+    """Blocks whose layers leave while a step computes them."""
+
+    request_id: RequestId
+    attempt: int
+    first_block: int
+    blocks: tuple[int, ...]
+
+
+Push = Callable[[Stream, int], None]
+
+
+class EngineThread:
+    """`on_tokens` and `on_step` are called on the loop, in order; `push` on the engine thread."""
+
+    def __init__(
+        self, runner: Runner, loop: asyncio.AbstractEventLoop, *, push: Push,
+        on_tokens: Callable[[Sequence[Sampled]], None], on_step: Callable[[StepDone], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:  # fmt: skip
+        self.runner = runner
+        self._loop = loop
+        self._push = push
+        self._on_tokens, self._on_step, self._on_failure = on_tokens, on_step, on_failure
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._cut_step = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Run `action` on the engine thread, after what was asked before."""
+        self._queue.put(action)
+
+    def step(self, step: Step, streams: Sequence[Stream]) -> None:
+        self._queue.put(lambda: self._step(step, streams))
+
+    def cut(self, step_id: int) -> None:
+        """End that step after its current iteration; too late for one that is over."""
+        self._cut_step = step_id
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while (action := self._queue.get()) is not None:
+            try:
+                action()
+            except Exception as error:
+                self._call(lambda error=error: self._on_failure(error))  # type: ignore[misc]
+                return
+
+    def _step(self, step: Step, streams: Sequence[Stream]) -> None:
+        result = self.runner.step(step, _Hooks(self, step, streams))
+        done = StepDone(step.id, result.steps_done, result.rows)
+        self._call(lambda: self._on_step(done))
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:  # the loop is closed: the process is going down
+            return
+
+
+class _Hooks:
+    """`engine.base.StepHooks` of one step."""
+
+    def __init__(self, engine: EngineThread, step: Step, streams: Sequence[Stream]) -> None:
+        self._engine, self._step, self._streams = engine, step, streams
+
+    def layer_done(self, layer: int) -> None:
+        for stream in self._streams:
+            self._engine._push(stream, layer)
+
+    def sampled(self, batch: Sequence[Sampled]) -> None:
+        if batch:
+            tokens = list(batch)
+            self._engine._call(lambda: self._engine._on_tokens(tokens))
+
+    def cut(self) -> bool:
+        return self._engine._cut_step == self._step.id

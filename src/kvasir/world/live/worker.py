@@ -1,0 +1,212 @@
+"""The live world around a worker node: engine thread, KV sender and receiver, token ids.
+
+Performs the node's effects. Decides nothing: which blocks, when and to whom is in the effects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from kvasir.core import effects as fx
+from kvasir.core.events import AnyEvent
+from kvasir.core.ids import NodeId, RequestId, WorkerId
+from kvasir.core.messages import (
+    AnyMessage, Dispatch, KvWant, Prompt, Received, SendOver, StepDone, Tokens,
+)  # fmt: skip
+from kvasir.core.specs import TransportSpec
+from kvasir.engine.base import Runner, Sampled
+from kvasir.node.worker import Worker
+from kvasir.transfer import Receiver, ReceiveResult, Trailer, make_receiver, make_sender
+from kvasir.world.journal import Journal
+from kvasir.world.live.engine import EngineThread, Stream
+from kvasir.world.live.host import Bus, Host
+
+Key = tuple[RequestId, int]
+PERFORMS = (
+    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Release, fx.Timer, fx.Note,
+)  # fmt: skip
+
+
+class Opening(NamedTuple):
+    """What `Runner.open` needs of a dispatch."""
+
+    keys_count: int
+    salt: bytes
+
+
+class LiveWorker:
+    """One worker process's inside. Build on a running loop; `start`, then `close`."""
+
+    def __init__(
+        self, node: Worker, runner: Runner, bus: Bus, transport: TransportSpec, run_dir: str,
+        *, journal: Journal | None, on_failure: Callable[[BaseException], None],
+        observer: NodeId | None = None,
+    ) -> None:  # fmt: skip
+        fx.require("the live worker", PERFORMS, ())
+        self.id: WorkerId = node.config.worker
+        self.runner = runner
+        self.kind = transport.kind
+        self._bus = bus
+        self._observer = observer
+        self._loop = asyncio.get_running_loop()
+        self._layers = len(runner.spec.layers)
+        self._openings: dict[Key, Opening] = {}
+        self._prompts: dict[Key, array[int]] = {}
+        self._sampled: dict[Key, list[int]] = {}
+        self._addresses: dict[WorkerId, str] = {}
+        self._streams: dict[int, list[Stream]] = {}
+        self._sending: set[Key] = set()
+        planes = runner.planes()
+        self.sender = make_sender(
+            transport.kind, planes, on_over=self._on_over,
+            bytes_per_s_max=transport.bytes_per_s_max, frame_bytes_max=transport.frame_bytes_max,
+        )  # fmt: skip
+        self.receiver: Receiver = make_receiver(
+            transport.kind, planes, on_received=self._on_received,
+            bind=run_dir if transport.kind == "shm" else None,
+        )  # fmt: skip
+        self.engine = EngineThread(
+            runner, self._loop, push=self._push_layer, on_tokens=self._tokens,
+            on_step=self._step_done, on_failure=on_failure,
+        )  # fmt: skip
+        self.host = Host(
+            self.id, node, bus, journal, arriving=self._arriving,
+            perform={
+                fx.Tell: self._tell, fx.Step: self._step, fx.Cut: self._cut, fx.Send: self._send,
+                fx.Fetch: self._fetch, fx.Release: self._release, fx.Note: self._note,
+            },
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.host.close()
+        self.engine.close()
+        self.sender.close()
+        self.receiver.close()
+
+    # --- messages in: take off what the node must not see -----------------------------------------
+
+    def _arriving(self, message: AnyMessage) -> None:
+        if isinstance(message, Dispatch):
+            request = message.request
+            key = (request.id, message.attempt)
+            self._openings[key] = Opening(len(request.keys), request.salt)
+            self._maybe_open(key)
+        elif isinstance(message, Prompt):
+            key = (message.request_id, message.attempt)
+            self._prompts[key] = array("I", message.tokens)
+            self._maybe_open(key)
+        elif isinstance(message, KvWant):
+            self._addresses[message.target] = message.address
+
+    def _maybe_open(self, key: Key) -> None:
+        if key not in self._openings or key not in self._prompts:
+            return
+        opening, tokens = self._openings[key], self._prompts.pop(key)
+        self.engine.do(
+            lambda: self.runner.open(*key, tokens.tolist(), opening.keys_count, opening.salt)
+        )
+
+    # --- effects ----------------------------------------------------------------------------------
+
+    def _tell(self, effect: fx.Tell) -> None:
+        message = effect.message
+        if isinstance(message, KvWant):
+            message = msgspec.structs.replace(message, address=self.receiver.address)
+        self._bus.tell(self.id, effect.to, message)
+
+    def _step(self, effect: fx.Step) -> None:
+        self.engine.step(effect, self._streams.pop(effect.id, ()))
+
+    def _cut(self, effect: fx.Cut) -> None:
+        self.engine.cut(effect.step)
+
+    def _send(self, effect: fx.Send) -> None:
+        key = (effect.request_id, effect.attempt)
+        if key not in self._sending:
+            self._sending.add(key)
+            self.sender.open(*key, self._addresses.get(effect.to, ""), effect.deadline)
+        if effect.step is not None:
+            stream = Stream(*key, effect.first_block, effect.blocks)
+            self._streams.setdefault(effect.step, []).append(stream)
+        elif effect.blocks:
+            self.sender.push(*key, effect.first_block, effect.blocks, range(self._layers))
+        if effect.last:
+            tokens = tuple(self._sampled.get(key, ()))
+            self.sender.finish(*key, Trailer(tokens=tokens, report=effect.report))
+
+    def _push_layer(self, stream: Stream, layer: int) -> None:
+        self.sender.push(
+            stream.request_id, stream.attempt, stream.first_block, stream.blocks, layer
+        )
+
+    def _fetch(self, effect: fx.Fetch) -> None:
+        key = (effect.request_id, effect.attempt)
+        self.engine.do(lambda: self.runner.adopt(*key, effect.table))
+        self.receiver.expect(
+            *key, effect.first_block, effect.blocks, self._layers, effect.deadline
+        )
+
+    def _release(self, effect: fx.Release) -> None:
+        key = (effect.request_id, effect.attempt)
+        for held in (self._openings, self._prompts, self._sampled):
+            held.pop(key, None)
+        if key in self._sending:
+            self.sender.stop(*key)
+        self.receiver.forget(*key)
+        self.engine.do(lambda: self.runner.close(*key))
+
+    def _note(self, effect: fx.Note) -> None:
+        self.observe(effect.event)
+
+    def observe(self, event: AnyEvent) -> None:
+        if self._bus.observe is not None:
+            self._bus.observe(event)
+        elif self._observer is not None and self._bus.wire is not None:
+            self._bus.wire.send(self.id, self._observer, (), (event,))
+
+    # --- what the engine and the transport say (engine: on the loop; transport: on its thread) ----
+
+    def _tokens(self, batch: Sequence[Sampled]) -> None:
+        for one in batch:
+            self._sampled.setdefault((one.request_id, one.attempt), []).append(one.token)
+            tokens = array("I", (one.token,)).tobytes()
+            self._bus.tell(
+                self.id, one.gateway, Tokens(one.request_id, one.attempt, one.index, 1, tokens)
+            )
+
+    def _step_done(self, done: StepDone) -> None:
+        self.host.feed(done)
+
+    def _on_over(self, request_id: RequestId, attempt: int, ok: bool, reason: str) -> None:
+        self._call(lambda: self._over(SendOver(request_id, attempt, ok)))
+
+    def _over(self, message: SendOver) -> None:
+        self._sending.discard((message.request_id, message.attempt))
+        self.host.feed(message)
+
+    def _on_received(self, result: ReceiveResult) -> None:
+        self._call(lambda: self._received(result))
+
+    def _received(self, result: ReceiveResult) -> None:
+        key = (result.request_id, result.attempt)
+        trailer = result.trailer
+        if result.ok and trailer is not None:
+            for token in trailer.tokens:
+                self.engine.do(lambda token=token: self.runner.append(*key, token))  # type: ignore[misc]
+        self.host.feed(
+            Received(
+                *key, result.ok, result.bytes, result.seconds, result.transport, result.reason,
+                trailer.report if trailer is not None else None,
+            )
+        )  # fmt: skip
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:  # the loop is closed: the process is going down
+            return
