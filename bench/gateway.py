@@ -43,6 +43,12 @@ PACE_S = 0.005
 SYSTEM = "You are a helpful assistant that answers in one short sentence. " * 4
 
 
+class Run(NamedTuple):
+    cpu_ms: float
+    system_ms: float
+    per_s: float
+
+
 class Row(NamedTuple):
     """Milliseconds per request, and requests per second."""
 
@@ -131,7 +137,7 @@ def server(token_s: float) -> Iterator[tuple[int, int]]:
 def measure(kind: str, count: int, repeat: int) -> Row:
     connections, stream = CONNECTIONS[kind], kind != "json"
     count = count // connections * connections
-    figures = []
+    runs: list[Run] = []
     with server(PACE_S if kind == "paced" else 0.0) as (pid, port):
         uvloop.run(load(port, connections * 4, connections, stream))  # warm
         for _ in range(repeat):
@@ -139,17 +145,17 @@ def measure(kind: str, count: int, repeat: int) -> Row:
             uvloop.run(load(port, count, connections, stream))
             after, seconds = cpu_of(pid), time.perf_counter() - began
             user, system = after.user - before.user, after.system - before.system
-            figures.append(((user + system) / count * 1e3, system / count * 1e3, count / seconds))
-    cpu, system, per_s = zip(*figures, strict=True)
+            ms = 1e3 / count
+            runs.append(Run((user + system) * ms, system * ms, count / seconds))
     return Row(
         kind=kind,
         requests=count * repeat,
-        cpu_ms=statistics.median(cpu),
-        cpu_ms_min=min(cpu),
-        cpu_ms_max=max(cpu),
-        system_ms=statistics.median(system),
+        cpu_ms=statistics.median(run.cpu_ms for run in runs),
+        cpu_ms_min=min(run.cpu_ms for run in runs),
+        cpu_ms_max=max(run.cpu_ms for run in runs),
+        system_ms=statistics.median(run.system_ms for run in runs),
         desk_ms=desk_alone_ms(PACE_S if kind == "paced" else 0.0, connections),
-        per_s=statistics.median(per_s),
+        per_s=statistics.median(run.per_s for run in runs),
     )
 
 

@@ -8,7 +8,7 @@ The routes own text (prompt in, stop strings, deltas out); the desk owns everyth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -82,11 +82,11 @@ Piece = PlacedPiece | TokensPiece | EndPiece | FailPiece
 class Pieces(Protocol):
     """Placed, then tokens, then one End; or Fail at any point. An async generator is one."""
 
-    def __aiter__(self) -> Pieces: ...
+    def __aiter__(self) -> AsyncIterator[Piece]: ...
 
-    async def __anext__(self) -> Piece: ...
+    def __anext__(self) -> Awaitable[Piece]: ...
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Awaitable[None]:
         """Before the last piece: the client is gone, and the request is cancelled everywhere."""
 
 

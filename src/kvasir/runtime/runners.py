@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from kvasir.core.effects import Row
 from kvasir.core.errors import ModelError
 from kvasir.core.specs import Deployment, PoolSpec
+from kvasir.cost.catalog import shape_of
 from kvasir.cost.pools import capacity_of, step_model
 from kvasir.engine.base import Runner
 
@@ -31,6 +34,7 @@ def make_runner(deployment: Deployment, pool: PoolSpec) -> Runner:
 def _fake(deployment: Deployment, pool: PoolSpec) -> Runner:
     from kvasir.engine.fake import FakeRunner
 
+    spec = deployment.model_of(pool)
     model = step_model(deployment, pool)
     capacity = capacity_of(deployment, pool)
 
@@ -39,5 +43,13 @@ def _fake(deployment: Deployment, pool: PoolSpec) -> Runner:
 
     return FakeRunner(
         blocks_count=capacity.kv_blocks, block_size=deployment.block_size,
-        context_max=capacity.context_max, seconds=seconds,
+        context_max=capacity.context_max, seconds=seconds, vocab=shape_of(spec).vocab,
+        eos_token_ids=_eos_ids(spec.path),
     )  # fmt: skip
+
+
+def _eos_ids(folder: str | None) -> tuple[int, ...]:
+    """What ends a text of this model, so that made-up tokens avoid it."""
+    path = Path(folder or ".") / "config.json"
+    found = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    return tuple(found) if isinstance(found, list) else (found,) if found is not None else ()
