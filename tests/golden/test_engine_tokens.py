@@ -83,6 +83,7 @@ TWO = pytest.mark.parametrize("lab", ["qwen3", "llama"], indirect=True)
 class Lab:
     """A model folder, a runner on it, and transformers' own answers."""
 
+    name: str
     folder: Path
     reference: Any
     runner: TorchRunner
@@ -112,7 +113,7 @@ class Lab:
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = MAKERS[request.param](tmp_path_factory.mktemp(request.param))
     runner = TorchRunner(folder, blocks_count=BLOCKS, block_size=SIZE)
-    return Lab(folder, reference_of(folder), runner)
+    return Lab(request.param, folder, reference_of(folder), runner)
 
 
 def reference_of(folder: Path) -> Any:
@@ -150,7 +151,7 @@ def finish(drive: Driver, jobs: list[Job], chunk: int = 512, steps: int = 8) -> 
 
 
 def test_the_reference_says_something(golden: dict[int, list[int]]) -> None:
-    assert all(len(set(tokens)) >= 8 for tokens in golden.values())
+    assert all(len(set(tokens)) >= 5 for tokens in golden.values())
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 512])
@@ -309,14 +310,16 @@ def test_preempted_and_recomputed(lab: Lab, golden: dict[int, list[int]]) -> Non
     drive.step([job])
     drive.step([job], steps=9)
     job.computed, job.held, job.fresh, job.free = 0, 0, True, scattered(range(30, 36))
-    lab.driver()  # what the old blocks held is gone
+    lab.driver()  # what the old blocks held is gone, and they are not written again
     assert drive.run([job], chunk=7) == [golden[17]]
+    for layer in lab.runner.planes():
+        assert all((plane[:6].view("float32") == 7.0).all() for plane in layer)
     close(drive.runner, [job])
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path, "qwen3", tied=True, initializer_range=0.2)
-    lab = Lab(folder, reference_of(folder), TorchRunner(folder, blocks_count=BLOCKS))
+    lab = Lab("tied", folder, reference_of(folder), TorchRunner(folder, blocks_count=BLOCKS))
     assert finish(lab.driver(), [job_of(17)]) == [lab.expected(prompt_of(17))]
 
 
@@ -346,6 +349,8 @@ def test_spec_and_planes(lab: Lab) -> None:
     assert spec.kv_token_bytes == 2 * 2 * 2 * 16 * 4  # layers, planes, heads, dim, bytes
     shape = (BLOCKS, SIZE * 2 * 16 * 4)
     assert [[plane.shape for plane in layer] for layer in planes] == [[shape] * 2] * 2
+    windows = {"mistral-window": [WINDOW, WINDOW], "qwen3-mixed": [None, WINDOW]}
+    assert [one.window for one in spec.layers] == windows.get(lab.name, [None, None])
     planes[1][0][5] = 9
     assert (lab.runner.planes()[1][0][5] == 9).all()
 

@@ -4,6 +4,7 @@ The server is told by each request's prompt how to answer, and waits on a clock 
 """
 
 import asyncio
+import itertools
 import json
 import math
 import re
@@ -330,7 +331,7 @@ async def hang(body: Body, write: Write) -> None:
 )
 def test_a_failure_is_an_outcome(handler: Handler, said: str) -> None:
     async def run() -> Load:
-        async with serving(handler) as server:
+        async with serving(handler) as server, asyncio.timeout(5):
             return await ask(server, timeout_s=0.2 if handler is hang else 10.0)
 
     load = asyncio.run(run())
@@ -387,17 +388,28 @@ def test_max_concurrency_holds_and_connections_are_kept() -> None:
 
 
 def test_a_connection_closed_meanwhile_is_replaced() -> None:
-    async def once(body: Body, write: Write) -> None:
-        await quick(body, write)
-        raise CutError  # after a whole answer: the client learns it on its next request
+    """Both ways: the client sees the end before it sends, or only in place of an answer."""
 
-    async def run() -> Load:
-        async with serving(once) as server:
+    async def run(handler: Handler) -> Load:
+        async with serving(handler) as server:
             target = Target(base_url=server.url, model="m")
             shots = random_shots(5, input_tokens=2, output_tokens=2)
             return await fire(target, shots, max_concurrency=1)
 
-    assert asyncio.run(run()).summary().completed == 5
+    async def close_after(body: Body, write: Write) -> None:
+        await quick(body, write)
+        raise CutError
+
+    calls = itertools.count()
+
+    async def close_instead(body: Body, write: Write) -> None:
+        if next(calls) % 2:
+            raise CutError
+        await quick(body, write)
+
+    assert asyncio.run(run(close_after)).summary().completed == 5
+    assert asyncio.run(run(close_instead)).summary().completed == 5
+    assert next(calls) == 9  # four requests were sent twice
 
 
 def test_bodies_with_a_length_and_bodies_to_the_end() -> None:

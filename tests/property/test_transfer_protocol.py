@@ -364,6 +364,25 @@ def test_a_forget_in_mid_frame_writes_no_more(scattered: bool) -> None:
     assert (every(target, blocks) == MARK).all()
 
 
+@pytest.mark.parametrize("claimed", [Trailer((), None, 2, LAYERS, 2 * BLOCK_BYTES), Trailer()])
+def test_a_trailer_that_lies_is_not_believed(claimed: Trailer) -> None:
+    """One plane of six came, and the trailer says that this was all."""
+    target, ends = planes_of(UNTOUCHED), Ends()
+    receiver = StreamReceiver(target, TcpMedium(), bind="127.0.0.1:0", on_received=ends.on_received)
+    receiver.expect("a", 1, 0, [3, 4], LAYERS, time.monotonic() + FAR_S)
+    payload = bytes(2 * BLOCK_BYTES)
+    header = Header(
+        FrameKind.DATA, "a", 1, 1, 0, 0,
+        blocks=2, payload_bytes=len(payload), checksum=checksum(payload),
+    )  # fmt: skip
+    with socket.create_connection(("127.0.0.1", int(receiver.address.rpartition(":")[2]))) as peer:
+        peer.sendall(pack(header) + payload)
+        peer.sendall(message(FrameKind.TRAILER, Key("a", 1), 1, encode(claimed)))
+        ends.wait(lambda: bool(ends.received))
+    receiver.close()
+    assert [(r.ok, r.reason) for r in ends.received] == [(False, "10 blocks of a plane never came")]
+
+
 # --- ends ------------------------------------------------------------------------------------
 
 

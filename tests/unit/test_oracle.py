@@ -212,6 +212,7 @@ def test_a_worker_that_leaves_or_restarts_takes_its_transfers_along() -> None:
     o.check()
     assert o.in_flight("src", 3) == InFlight() and o.in_flight("src", 2) == InFlight(1, 5)
     o.end("a")
+    assert o.tier("src", "other") == 3
     o.add_worker("src", Location((56, 57, 58, 59)))
     assert o.in_flight("src", 2) == InFlight() == o.inbound("pod")
     assert o.tier("src", "other") == 1, "its new place counts"

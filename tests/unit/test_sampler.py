@@ -51,8 +51,9 @@ def test_temperature_zero_is_greedy() -> None:
 
 def test_tiny_temperature_is_greedy_and_finite() -> None:
     logits = noise(50, 300) * 1000
-    draws = [Draw(f"r{i}", i, Sampling(temperature=1e-30)) for i in range(50)]
-    assert draw(logits, draws) == logits.argmax(-1).tolist()
+    for temperature in (1e-10, 1e-37, 1e-60):
+        draws = [Draw(f"r{i}", i, Sampling(temperature=temperature)) for i in range(50)]
+        assert draw(logits, draws) == logits.argmax(-1).tolist()
 
 
 def test_greedy_and_warm_rows_share_a_batch() -> None:

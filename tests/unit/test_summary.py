@@ -113,6 +113,8 @@ def test_millions_of_equal_gaps_stay_small() -> None:
 def test_a_run_of_one_has_one_value() -> None:
     with pytest.raises(AssertionError):
         ItlRuns().add(1, 0.01, 0.02)
+    itl = runs((1, 0.1 + 0.2, 0.3, 1))  # the same but for rounding
+    assert itl.distribution((100.0,)).percentile(100.0) == itl.distribution(()).mean_s
 
 
 def test_tokens_fall_into_their_second() -> None:

@@ -22,7 +22,7 @@ ROWS = (
 CSV = (
     b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
     b"2023-11-16 18:15:46.6805900,374,44\r\n"
-    b"2023-11-16 18:16:50.9951690,396,109"
+    b"2023-11-16 18:16:50.9951691,396,109"
 )
 
 
@@ -37,7 +37,7 @@ def test_mooncake_rows() -> None:
 def test_azure_rows_keep_every_decimal() -> None:
     assert list(read_azure(io.BytesIO(CSV))) == [
         Arrival(0.0, 374, 44),
-        Arrival(64.314579, 396, 109),
+        Arrival(64.3145791, 396, 109),
     ]
 
 
@@ -142,7 +142,7 @@ def test_load_sorts_and_leaves_out_what_cannot_be_served(tmp_path: Path) -> None
     path = tmp_path / "some.csv"
     path.write_bytes(CSV + b"\n2023-11-16 18:15:40.6805900,7,7\n2023-11-16 18:15:41,7,0\n")
     trace = load(path)
-    assert [a.at_s for a in trace.arrivals] == [0.0, 6.0, 70.314579]
+    assert [a.at_s for a in trace.arrivals] == [0.0, 6.0, 70.3145791]
     assert trace.name == "some.csv" and trace.block_size is None
     assert "1 rows without input or output" in trace.notes[0]
     assert "nothing about prefixes" in trace.notes[1]

@@ -1,4 +1,5 @@
-"""What a node asks its world to do. One closed union; a world performs all of it or says so at start.
+"""What a node asks its world to do. One closed union; a world performs all of it or
+says so at start.
 
 Decisions are effects: a journal keeps their digest and `kvasir verify` compares them.
 """

@@ -34,7 +34,9 @@ class KvasirError(Exception):
     retry: ClassVar[bool] = False
     kind: ClassVar[str] = "internal_error"
 
-    def __init__(self, what: str, *, where: str = "", nearest: str = "", next_step: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: str = "", nearest: str = "", next_step: str = ""
+    ) -> None:
         super().__init__(what)
         self.what, self.where, self.nearest, self.next_step = what, where, nearest, next_step
 

@@ -41,7 +41,7 @@ def block_keys(tokens: Sequence[int], block_size: int, salt: bytes) -> tuple[Blo
 def extend_keys(
     keys: list[BlockKey], tokens: Sequence[int], block_size: int, salt: bytes
 ) -> list[BlockKey]:
-    """Append the keys of full blocks of `tokens` that `keys` does not name yet; returns the new ones."""
+    """Append the keys of full blocks of `tokens` that `keys` lacks; returns the new ones."""
     assert block_size > 0
     parent = keys[-1] if keys else ROOT
     new: list[BlockKey] = []

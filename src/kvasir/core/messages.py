@@ -28,6 +28,7 @@ WIRE_VERSION = 1
 
 Path = Literal["disaggregated", "aggregated"]
 Phase = Literal["prefill", "decode", "both"]
+HandOver = Literal["prefill_then_pull", "both_at_once", "through_store", "none"]
 EndReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
 
 
@@ -114,9 +115,12 @@ class Placed(Message, frozen=True):
 
 
 class Lost(Message, frozen=True):
+    """`died`: a worker ended while it served this; who does that again and again is refused."""
+
     request_id: RequestId
     attempt: int
     reason: str
+    died: bool = False
 
 
 class Declined(Message, frozen=True):
@@ -157,7 +161,7 @@ class Hello(Message, frozen=True):
     fingerprint: str
     capacity: Capacity
     location: Location = Location()
-    hand_over: Literal["prefill_then_pull", "both_at_once", "through_store", "none"] = "both_at_once"
+    hand_over: HandOver = "both_at_once"
     kv_layout: str = ""
     pool: str = ""
 
@@ -303,7 +307,7 @@ class KvGone(Message, frozen=True):
 
 
 class Prompt(Message, frozen=True):
-    """Prompt and emitted tokens for an attempt; `tokens` is little-endian uint32, `count` of them."""
+    """Prompt and emitted tokens for an attempt; `tokens`: `count` little-endian uint32."""
 
     request_id: RequestId
     attempt: int
@@ -312,7 +316,7 @@ class Prompt(Message, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """`count` output tokens from position `index` of the request's output. Straight to the gateway."""
+    """`count` tokens from position `index` of the request's output, straight to the gateway."""
 
     request_id: RequestId
     attempt: int

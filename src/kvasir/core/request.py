@@ -32,7 +32,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """What admission and routing may look at.
 
     `prompt_tokens` and `max_tokens` count tokens; `keys` name the prompt's full blocks in order.
-    `band` is a priority, 0 the most urgent. `arrival_s` is in the clock of the gateway that took it.
+    `band` is a priority, 0 the most urgent. `arrival_s` is on the clock of its gateway.
     """
 
     id: RequestId

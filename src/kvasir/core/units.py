@@ -1,4 +1,4 @@
-"""Units at the edges. Inside the code seconds are float, bytes and tokens are int, no exceptions."""
+"""Units at the edges. Inside the code seconds are float, bytes and tokens are int."""
 
 from __future__ import annotations
 

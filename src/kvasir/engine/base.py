@@ -104,7 +104,9 @@ class Runner(Protocol):
         keys_count: int,
         salt: bytes,
     ) -> None:
-        """Give prompt and already emitted tokens, once. They precede any token appended before.
+        """Give prompt and already emitted tokens. They precede any token appended before.
+
+        Only the first `open` of an attempt counts: a message that comes twice does no harm.
 
         The first `keys_count` blocks have keys that the scheduler knows (the prompt's full blocks);
         keys of later blocks are derived with `salt` (core.keys) and reported by `RowDone.keys`.

@@ -18,6 +18,8 @@ from kvasir.core.request import Sampling
 
 NUCLEUS_GUESS = 1024  # tokens looked at first; a nucleus that holds more has all of them sorted
 
+TEMPERATURE_MIN = 1e-30  # float32 has nothing below 1e-45
+
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
     """Output token `index` of a request is wanted."""
@@ -46,8 +48,8 @@ def uniform(draw: Draw) -> float:
 
 def _draw_warm(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Temperature, then nucleus, then the inverse of the cumulative distribution."""
-    temperature = torch.tensor([[one.sampling.temperature] for one in draws])
-    # Subtracting the maximum first keeps tiny temperatures finite.
+    temperature = torch.tensor([[max(one.sampling.temperature, TEMPERATURE_MIN)] for one in draws])
+    # With the maximum subtracted, the likeliest token has 0 / temperature: tiny ones stay finite.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probs = scaled.softmax(dim=-1)
     nucleus = [i for i, one in enumerate(draws) if one.sampling.top_p < 1]
@@ -57,8 +59,8 @@ def _draw_warm(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         probs[nucleus] = part.where(part >= _nucleus_floor(part, top_p), 0)
     mass = probs.cumsum(dim=-1, dtype=torch.float64)
     total = mass[:, -1:]
+    # A number below 1 with 53 bits times a total rounds to less than the total, so `at` is a token.
     at = torch.tensor([[uniform(one)] for one in draws], dtype=torch.float64) * total
-    at = torch.minimum(at, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(mass, at, right=True).squeeze(-1)
 
 

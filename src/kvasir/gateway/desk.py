@@ -20,12 +20,29 @@ from kvasir.core.events import AnyEvent, Closed
 from kvasir.core.ids import NodeId, RequestId
 from kvasir.core.keys import block_keys, salt_of
 from kvasir.core.messages import (
-    AnyMessage, Arrive, Done, EndReason, Hangup, Path, Prompt, Report, Tokens,
+    AnyMessage,
+    Arrive,
+    Done,
+    EndReason,
+    Hangup,
+    Path,
+    Prompt,
+    Report,
+    Tokens,
 )  # fmt: skip
 from kvasir.core.request import Request, Slo
 from kvasir.core.specs import Deployment
 from kvasir.gateway.port import (
-    Ask, EndPiece, FailPiece, Health, ModelCard, Piece, Pieces, PlacedPiece, Text, TokensPiece,
+    Ask,
+    EndPiece,
+    FailPiece,
+    Health,
+    ModelCard,
+    Piece,
+    Pieces,
+    PlacedPiece,
+    Text,
+    TokensPiece,
 )  # fmt: skip
 from kvasir.node.request import Requests
 from kvasir.world.journal import Journal

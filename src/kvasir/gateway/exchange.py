@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -22,7 +22,7 @@ from kvasir.gateway.answer import Answer, timing_of, usage_of
 from kvasir.gateway.errors import Header, HttpError, Refused, of_end, of_fail, of_status
 from kvasir.gateway.fanin import Tagged, merge
 from kvasir.gateway.openai import Plan
-from kvasir.gateway.port import Desk, EndPiece, Pieces, PlacedPiece, TokensPiece
+from kvasir.gateway.port import Desk, EndPiece, PlacedPiece, TokensPiece
 from kvasir.gateway.schema import (
     ChatAnswer,
     ChatChoice,
@@ -159,37 +159,34 @@ class Exchange:
 
     async def run(self) -> None:
         """Answers, or raises Refused. However it ends, the desk's pieces are closed."""
-        sources = [self._desk.submit(answer.ask) for answer in self._answers]
+        answers, write = self._answers, self._reply.send
+        sources = [self._desk.submit(answer.ask) for answer in answers]
         pieces = sources[0] if len(sources) == 1 else merge(sources)
-        try:
-            await self._pump(pieces)
+        left, answer = len(answers), answers[0]
+        try:  # one frame for the whole loop: each frame here is walked again for every token
+            async for piece in pieces:
+                if isinstance(piece, Tagged):
+                    answer, piece = answers[piece.index], piece.piece
+                if isinstance(piece, TokensPiece):
+                    events = answer.take(piece.tokens)
+                    if events:
+                        body = {"type": "http.response.body", "body": events, "more_body": True}
+                        await write(body)
+                    self._count(answer, len(piece.tokens))
+                elif isinstance(piece, PlacedPiece):
+                    answer.place(piece)
+                    if self._shared is not None and not self._reply.opened:
+                        await self._reply.open_events(piece.path)
+                elif isinstance(piece, EndPiece):
+                    left -= 1
+                    await self._end(answer, piece, left)
+                    if not left:
+                        return
+                else:
+                    raise Refused(of_fail(piece))
+            raise Refused(of_status(503, "the answer broke off"))
         finally:
             await pieces.aclose()
-
-    async def _pump(self, pieces: Pieces | AsyncGenerator[Tagged, None]) -> None:
-        left = len(self._answers)
-        answer = self._answers[0]
-        write = self._reply.send
-        async for piece in pieces:
-            if isinstance(piece, Tagged):
-                answer, piece = self._answers[piece.index], piece.piece
-            if isinstance(piece, TokensPiece):
-                events = answer.take(piece.tokens)
-                if events:
-                    await write({"type": "http.response.body", "body": events, "more_body": True})
-                self._count(answer, len(piece.tokens))
-            elif isinstance(piece, PlacedPiece):
-                answer.place(piece)
-                if self._shared is not None and not self._reply.opened:
-                    await self._reply.open_events(piece.path)
-            elif isinstance(piece, EndPiece):
-                left -= 1
-                await self._end(answer, piece, left)
-                if not left:
-                    return
-            else:
-                raise Refused(of_fail(piece))
-        raise Refused(of_status(503, "the answer broke off"))
 
     def _count(self, answer: Answer, tokens: int) -> None:
         now, last = self._clock(), answer.last_at

@@ -197,7 +197,8 @@ async def _until(stop: asyncio.Event) -> None:
 async def _announce(platform: Platform, host: str, bound: asyncio.Future[int]) -> None:
     port = await bound
     began = time.monotonic()
-    _say(f"kvasir: listening on http://{host}:{port}, {len(platform.health().workers)} workers start")
+    count = len(platform.health().workers)
+    _say(f"kvasir: listening on http://{host}:{port}, {count} workers start")
     while not platform.health().ready:
         await asyncio.sleep(0.05)
     model = platform.deployment.models[0].name

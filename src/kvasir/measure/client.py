@@ -241,9 +241,6 @@ class Client:
         """On a kept connection; if the server closed it meanwhile, once more on a new one."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.reader.at_eof() or connection.writer.is_closing():
-                connection.writer.close()
-                continue
             with suppress(ConnectionError, Closed):
                 return connection, await _exchange(connection, request)
         connection = await self._connect()

@@ -57,7 +57,10 @@ class ItlRuns:
         `start_s`: when the token before the first sample's came, for peak throughput; nan: unknown.
         """
         assert count > 0 and times > 0, (count, times)
-        assert first_s >= 0 and last_s >= 0 and (count > 1 or first_s == last_s), (first_s, last_s)
+        assert first_s >= 0 and last_s >= 0, (first_s, last_s)
+        if count == 1:
+            assert math.isclose(first_s, last_s, rel_tol=1e-9, abs_tol=1e-12), (first_s, last_s)
+            last_s = first_s
         self._count.append(count)
         self._first.append(first_s)
         self._last.append(last_s)

@@ -1,4 +1,4 @@
-"""Nodes from a deployment: the same configuration for a live process, the simulator and a replay."""
+"""Nodes from a deployment: one configuration for a live process, the simulator and a replay."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from kvasir.core.ids import Incarnation, NodeId, WorkerId
 from kvasir.core.messages import Capacity, Location
 from kvasir.core.specs import Deployment
 from kvasir.cost.pools import capacity_of
+from kvasir.node.config import WorkerConfig
 from kvasir.node.request import Requests
-from kvasir.node.worker import WorkerConfig
 
 
 def worker_config(
@@ -49,5 +49,5 @@ def build_requests(deployment: Deployment, gateway: NodeId, incarnation: Incarna
     limits = deployment.limits
     return Requests(
         gateway, incarnation, beat_s=limits.beat_s, grace_s=limits.grace_s,
-        attempts_max=limits.attempts_max,
+        attempts_max=limits.attempts_max, deaths_max=limits.deaths_max,
     )  # fmt: skip

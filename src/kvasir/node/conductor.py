@@ -3,8 +3,8 @@
 Knows ids, lengths, keys, and what workers said. Must not know text or tokens, and does nothing
 itself: it dispatches. What it holds of a worker is a guess that beats and answers correct.
 
-There is one way back from anything that goes wrong: the attempt is lost (`_lose`), workers forget it,
-and the gateway submits the next one with what it has emitted so far.
+There is one way back from anything that goes wrong: the attempt is lost (`_lose`), workers forget
+it, and the gateway submits the next one with what it has emitted so far.
 """
 
 from __future__ import annotations
@@ -16,9 +16,31 @@ from kvasir.core.effects import AnyEffect, Note, Tell, Timer
 from kvasir.core.events import Queued, Rejected, Retried, Routed, WorkerJoined, WorkerLeft
 from kvasir.core.ids import NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
-    Abort, Accepted, Active, Alarm, AnyMessage, Declined, Dispatch, Done, Ended, Finished,
-    GatewayBeat, Hello, KvEvents, KvResync, Load, Lost, Message, NetReading, Placed, PrefillDone,
-    Refused, Start, Submit, TransferReport, Welcome, WorkerGone,
+    Abort,
+    Accepted,
+    Alarm,
+    AnyMessage,
+    Declined,
+    Dispatch,
+    Done,
+    Ended,
+    Finished,
+    GatewayBeat,
+    Hello,
+    KvEvents,
+    KvResync,
+    Load,
+    Lost,
+    Message,
+    NetReading,
+    Placed,
+    PrefillDone,
+    Refused,
+    Start,
+    Submit,
+    TransferReport,
+    Welcome,
+    WorkerGone,
 )  # fmt: skip
 from kvasir.core.specs import Deployment
 from kvasir.cost.pools import step_model
@@ -134,7 +156,7 @@ class Conductor:
         self.index.leave(member.id)
         for placement in list(self.placements.values()):
             if placement.needs(member.id):
-                self._lose(placement, f"{member.id} {reason}")
+                self._lose(placement, f"{member.id} {reason}", died=True)
         self.oracle.remove_worker(member.id)
         self._note(WorkerLeft(member.id, member.incarnation, reason))
 
@@ -419,9 +441,9 @@ class Conductor:
 
     # --- the end of an attempt --------------------------------------------------------------------
 
-    def _lose(self, p: Placement, reason: str) -> None:
+    def _lose(self, p: Placement, reason: str, *, died: bool = False) -> None:
         self._drop(p, reason)
-        self._tell(p.request.gateway, Lost(p.id, p.attempt, reason))
+        self._tell(p.request.gateway, Lost(p.id, p.attempt, reason, died))
         self._note(Retried(p.id, p.attempt, reason))
 
     def _decline(self, p: Placement, status: int, reason: str) -> None:
@@ -458,11 +480,6 @@ class Conductor:
 
     def _note(self, event: Any) -> None:
         self._out.append(Note(event))
-
-    # --- for people -------------------------------------------------------------------------------
-
-    def active(self) -> tuple[Active, ...]:
-        return tuple(Active(p.id, p.attempt, p.emitted) for p in self.placements.values())
 
     def check(self) -> None:
         """Holds belong to placements, queues to their states, counters to what they count."""

@@ -1,7 +1,7 @@
 """The conductor's picture of its workers: what they said of themselves, and what was sent to them.
 
-Satisfies `policy.route.WorkerView`. A hold is a guess of what an attempt will cost a worker; it goes
-when the worker or the gateway says that the attempt is over. Knows no request beyond its id.
+Satisfies `policy.route.WorkerView`. A hold is a guess of what an attempt will cost a worker; it
+goes when the worker or the gateway says that the attempt is over. Knows no request beyond its id.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvasir.cost.step import StepModel
 
 
 class Hold(msgspec.Struct):
-    """What one attempt is expected to cost one worker. `prefill_s` falls to zero when it is done."""
+    """What one attempt is expected to cost a worker. `prefill_s` is zero once it is done."""
 
     attempt: int
     blocks: int

@@ -14,8 +14,25 @@ from kvasir.core.effects import AnyEffect, Note, Refuse, Reply, Tell, Timer
 from kvasir.core.events import Closed, Recomputed
 from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
-    Active, Alarm, AnyMessage, Arrive, Declined, Done, Ended, EndReason, GatewayBeat, Hangup, Lost,
-    Message, Placed, Prompt, Report, Start, Submit, Tokens, Usage,
+    Active,
+    Alarm,
+    AnyMessage,
+    Arrive,
+    Declined,
+    Done,
+    Ended,
+    EndReason,
+    GatewayBeat,
+    Hangup,
+    Lost,
+    Message,
+    Placed,
+    Prompt,
+    Report,
+    Start,
+    Submit,
+    Tokens,
+    Usage,
 )  # fmt: skip
 from kvasir.core.request import Request
 
@@ -27,14 +44,15 @@ class Life:
     """One request. `emitted` output tokens stand at the gateway, in order, each once."""
 
     __slots__ = (
-        "arrived_at", "attempt", "decode", "emitted", "first_at", "last_at", "path", "prefill",
-        "report", "request", "second_at", "submitted_at",
+        "arrived_at", "attempt", "deaths", "decode", "emitted", "first_at", "last_at", "path",
+        "prefill", "report", "request", "second_at", "submitted_at",
     )  # fmt: skip
 
     def __init__(self, request: Request, now: float) -> None:
         self.request = request
         self.attempt = 1
         self.emitted = 0
+        self.deaths = 0  # workers that ended while they served it
         self.arrived_at = now
         self.submitted_at = now
         self.path = ""
@@ -51,12 +69,13 @@ class Requests:
 
     def __init__(
         self, gateway: NodeId, incarnation: int, *, beat_s: float, grace_s: float,
-        attempts_max: int, conductor: NodeId = CONDUCTOR,
+        attempts_max: int, deaths_max: int, conductor: NodeId = CONDUCTOR,
     ) -> None:  # fmt: skip
         self.gateway = gateway
         self.incarnation = incarnation
         self.conductor = conductor
         self.beat_s, self.grace_s, self.attempts_max = beat_s, grace_s, attempts_max
+        self.deaths_max = deaths_max
         self.lives: dict[RequestId, Life] = {}
         self._now = 0.0
         self._out: list[AnyEffect] = []
@@ -146,6 +165,7 @@ class Requests:
     def _on_lost(self, event: Lost) -> None:
         life = self._current(event.request_id, event.attempt)
         if life is not None:
+            life.deaths += event.died
             self._again(life, event.reason)
 
     def _again(self, life: Life, reason: str) -> None:
@@ -153,7 +173,7 @@ class Requests:
         if life.emitted >= request.max_tokens:
             self._close(life, "length")
             return
-        if life.attempt >= self.attempts_max:
+        if life.attempt >= self.attempts_max or life.deaths >= self.deaths_max:
             self._out.append(
                 Refuse(request.id, 503, f"gave up after {life.attempt} attempts: {reason}", 1.0)
             )
@@ -232,7 +252,7 @@ def tpot_of(life: Life) -> float | None:
 
 
 def second_delay_of(life: Life) -> float | None:
-    """Seconds between the first two tokens: where a hand-over shows under `first_token: prefill`."""
+    """Seconds between the first two tokens: a hand-over shows here under `first_token: prefill`."""
     if life.first_at is None or life.second_at is None:
         return None
     return life.second_at - life.first_at

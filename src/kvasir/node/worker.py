@@ -1,7 +1,7 @@
 """The worker node: serves prefill, decode, or both, out of one block pool.
 
-Knows counts, blocks and deadlines. Must not know token ids (the runner has them), how KV travels, or
-which world it is in. The pool here is the truth; the conductor's picture of it is a guess.
+Knows counts, blocks and deadlines. Must not know token ids (the runner has them), how KV travels,
+or which world it is in. The pool here is the truth; the conductor's picture of it is a guess.
 
 One step is in flight at most. Blocks that a step or a transfer touches are never freed: a dead
 attempt waits in quarantine until both are over.
@@ -9,51 +9,62 @@ attempt waits in quarantine until both are over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
-import msgspec
-
 from kvasir.core.effects import (
-    AnyEffect, Cut, Fetch, Note, Release, Row, Send, Step, Tell, Timer,
+    AnyEffect,
+    Cut,
+    Fetch,
+    Note,
+    Release,
+    Row,
+    Send,
+    Step,
+    Tell,
+    Timer,
 )  # fmt: skip
-from kvasir.core.events import Prefilled, Preempted, Recomputed, Shipped, TransferFailed
-from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, StepId, WorkerId
+from kvasir.core.events import Preempted, Prefilled, Recomputed, Shipped, TransferFailed
+from kvasir.core.ids import NodeId, RequestId, StepId
 from kvasir.core.messages import (
-    Abort, Accepted, Active, Alarm, AnyMessage, Capacity, Dispatch, Done, Drain, EndReason,
-    Finished, Hello, KvEvents, KvGone, KvResync, KvWant, Load, Location, Message, PrefillDone,
-    PrefillReport, Prompt, Received, Refused, Report, RowDone, SendOver, Start, StepDone,
-    TransferReport, Welcome,
+    Abort,
+    Accepted,
+    Active,
+    Alarm,
+    AnyMessage,
+    Dispatch,
+    Done,
+    Drain,
+    EndReason,
+    Finished,
+    Hello,
+    KvGone,
+    KvResync,
+    KvWant,
+    Load,
+    Message,
+    PrefillDone,
+    PrefillReport,
+    Prompt,
+    Received,
+    Refused,
+    Report,
+    RowDone,
+    SendOver,
+    Start,
+    StepDone,
+    TransferReport,
+    Welcome,
 )  # fmt: skip
 from kvasir.kv.pool import BlockPool
+from kvasir.node.blocks import Blocks
+from kvasir.node.config import WorkerConfig
+from kvasir.node.window import Window
 from kvasir.node.work import Stage, Work
-from kvasir.policy import batch, evict
+from kvasir.policy import batch
 
 BEAT = "beat"
 ITERATION_WEIGHT = 0.2  # of the newest sample in the mean iteration time
-
-
-class WorkerConfig(msgspec.Struct, frozen=True):
-    """All that a worker decides by; stands in the header of its journal. Seconds."""
-
-    worker: WorkerId
-    incarnation: int
-    roles: tuple[str, ...]
-    model: str
-    fingerprint: str
-    capacity: Capacity
-    location: Location = Location()
-    pool: str = ""
-    conductor: NodeId = CONDUCTOR
-    batch: str = "token_budget"
-    evict: str = "lru"
-    chunk_tokens: int = 8192
-    steps_max: int = 256
-    waiting_max: int = 4096
-    beat_s: float = 1.0
-    prompt_wait_s: float = 10.0
-    kv_wait_s: float = 120.0
-    lease_s: float = 120.0
 
 
 class Worker:
@@ -61,7 +72,9 @@ class Worker:
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.capacity.kv_blocks, evict.EVICTS[config.evict])
+        self.blocks = Blocks(
+            config.capacity, config.evict, config.worker, config.incarnation
+        )
         self.works: dict[RequestId, Work] = {}
         self.quarantine: dict[tuple[RequestId, int], Work] = {}
         self.running: list[Work] = []
@@ -77,7 +90,6 @@ class Worker:
         self._step_next: StepId = 1
         self._cut_asked = False
         self._seq = 0
-        self._kv_seq = 0
         self._early: dict[tuple[RequestId, int], float] = {}  # prompts before their dispatch
         self._early_wants: dict[tuple[RequestId, int], tuple[float, KvWant]] = {}
         self._now = 0.0
@@ -90,6 +102,10 @@ class Worker:
             SendOver: self._on_send_over,
         }  # fmt: skip
 
+    @property
+    def pool(self) -> BlockPool:
+        return self.blocks.pool
+
     def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
         self._now, self._out = now, []
         self._handlers[type(event)](event)
@@ -97,7 +113,9 @@ class Worker:
             self._fill_room()
         if self.step is None:
             self._schedule()
-        self._tell_cache()
+        news = self.blocks.news()
+        if news is not None:
+            self._tell(self.config.conductor, news)
         return self._out
 
     # --- conductor --------------------------------------------------------------------------------
@@ -121,11 +139,11 @@ class Worker:
             return
         if event.again:
             self._hello()
-            self._reset_cache_events()
+            self._tell(self.config.conductor, self.blocks.everything())
 
     def _on_resync(self, event: KvResync) -> None:
         if not self._stale(event.epoch):
-            self._reset_cache_events()
+            self._tell(self.config.conductor, self.blocks.everything())
 
     def _on_drain(self, event: Drain) -> None:
         if not self._stale(event.epoch):
@@ -187,10 +205,9 @@ class Worker:
             self._on_want(want)
 
     def _refusal(self, event: Dispatch) -> str:
-        size, total = self.config.capacity.block_size, self.config.capacity.kv_blocks
         if self.draining:
             return "draining"
-        if -(-(event.input_tokens + 1) // size) > total:
+        if self.blocks.count(event.input_tokens + 1) > self.config.capacity.kv_blocks:
             return "larger than this worker's KV memory"
         if len(self.waiting) + len(self.room) >= self.config.waiting_max:
             return "queue full"
@@ -240,21 +257,20 @@ class Worker:
         """Give blocks to decode attempts in order of arrival, and ask for their KV."""
         while self.room:
             work = self.room[0]
-            size = self.config.capacity.block_size
-            hits = self._hits(work)
-            needed = -(-work.known // size)
+            hits = self.blocks.hits(work)
+            needed = self.blocks.count(work.known)
             headroom = len(self.running)  # a block for each running sequence to grow into
             if self.pool.missing_for(hits, needed) + headroom > 0 and self.pool.held:
                 return
             self.room.pop(0)
-            self._take_blocks(work, hits, needed)
+            self.blocks.take(work, hits)
             work.stage, work.inbound, work.first_block = Stage.KV, True, len(hits)
             inbound = tuple(work.blocks[len(hits) :])
             deadline = self._now + self.config.kv_wait_s
             self._out.append(
                 Fetch(
                     work.id, work.attempt, work.dispatch.source, len(hits), inbound,
-                    self._bytes(len(inbound)), deadline, tuple(work.blocks),
+                    self.blocks.bytes(len(inbound)), deadline, tuple(work.blocks),
                 )
             )  # fmt: skip
             work.tabled, work.table_fresh = len(work.blocks), False
@@ -262,19 +278,6 @@ class Worker:
                 work.dispatch.source,
                 KvWant(work.id, work.attempt, self.config.worker, len(hits)),
             )
-
-    def _hits(self, work: Work) -> list[int]:
-        """Cached leading blocks; a position that still has to be run is never one of them."""
-        whole = work.stage is Stage.ROOM and work.dispatch.first_token == "prefill"
-        usable = work.known if whole else work.known - 1
-        return self.pool.match(work.keys[: usable // self.config.capacity.block_size])
-
-    def _take_blocks(self, work: Work, hits: list[int], needed: int) -> None:
-        self.pool.take(hits)
-        after = hits[-1] if hits else None
-        work.blocks = hits + self.pool.allocate(needed - len(hits), after)
-        work.committed = len(hits)
-        work.tabled, work.table_fresh = 0, True
 
     def _on_received(self, event: Received) -> None:
         work = self._find(event.request_id, event.attempt)
@@ -299,7 +302,7 @@ class Worker:
             work.known, work.out = work.known + 1, work.out + 1
         else:
             work.computed -= 1
-        self._commit(work)
+        self.blocks.commit(work)
         c = self.config
         self._tell(
             c.conductor,
@@ -349,20 +352,19 @@ class Worker:
         work.sent, work.outbound = until, True
         self._out.append(
             Send(
-                work.id, work.attempt, work.target, first, blocks, self._bytes(len(blocks)),
+                work.id, work.attempt, work.target, first, blocks, self.blocks.bytes(len(blocks)),
                 self._now + self.config.lease_s, step,
             )
         )  # fmt: skip
 
     def _ship_rest(self, work: Work) -> None:
-        size = self.config.capacity.block_size
-        until = -(-work.dispatch.input_tokens // size)
+        until = self.blocks.count(work.dispatch.input_tokens)
         first = max(work.sent, work.want or 0)
         blocks = tuple(work.blocks[first:until])
         work.sent, work.outbound = until, True
         self._out.append(
             Send(
-                work.id, work.attempt, work.target, first, blocks, self._bytes(len(blocks)),
+                work.id, work.attempt, work.target, first, blocks, self.blocks.bytes(len(blocks)),
                 work.lease_until, None, True, work.prefill,
             )
         )  # fmt: skip
@@ -379,16 +381,12 @@ class Worker:
         else:
             self._give_up(work, "transfer failed")
 
-    def _bytes(self, blocks_count: int) -> int:
-        c = self.config.capacity
-        return blocks_count * c.block_size * c.kv_token_bytes
-
     # --- steps ------------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
         """Ask the policy for a batch and start it. Each pass that starts nothing preempts one."""
         while self.running or self.waiting:
-            plan = self._decide(_Window(self))
+            plan = self._decide(Window(self))
             chosen = [(w, c) for w, c in zip(self.running, plan.counts, strict=True) if c]
             entering = self.waiting[: len(plan.admitted)]
             for work in [self.running[i] for i in plan.preempted]:
@@ -403,7 +401,7 @@ class Worker:
     ) -> None:
         step_id, rows, works = self._step_next, list[Row](), list[Work]()
         for work, count in chosen:
-            if self._grow(work, work.computed + count + plan.steps - 1):
+            if self.blocks.grow(work, work.computed + count + plan.steps - 1):
                 works.append(work)
                 rows.append(self._row(work, count, step_id))
         del self.waiting[: len(entering)]
@@ -419,10 +417,9 @@ class Worker:
 
     def _enter(self, work: Work) -> None:
         """From the queue into the running set, with blocks for all known tokens."""
-        size = self.config.capacity.block_size
-        hits = self._hits(work)
-        self._take_blocks(work, hits, -(-work.known // size))
-        work.computed = len(hits) * size
+        hits = self.blocks.hits(work)
+        self.blocks.take(work, hits)
+        work.computed = len(hits) * self.blocks.size
         work.stage = Stage.RUN
         if work.started_at is None:
             work.started_at = self._now
@@ -430,23 +427,11 @@ class Worker:
             work.cached = work.computed
         self.running.append(work)
 
-    def _grow(self, work: Work, tokens: int) -> bool:
-        """Blocks for `tokens` tokens. False when a preempted sequence's blocks were shared and so
-        did not become free: the row sits this step out."""
-        missing = -(-tokens // self.config.capacity.block_size) - len(work.blocks)
-        if missing > self.pool.available:
-            return False
-        if missing > 0:
-            after = work.blocks[-1] if work.blocks else None
-            work.blocks += self.pool.allocate(missing, after)
-        return True
-
     def _row(self, work: Work, count: int, step_id: StepId) -> Row:
         d = work.dispatch
         end = work.computed + count
         if d.phase == "prefill":
-            size = self.config.capacity.block_size
-            until = len(work.blocks) if end == work.known else end // size
+            until = len(work.blocks) if end == work.known else end // self.blocks.size
             self._ship_part(work, until, step_id)
         if work.started_at is None:
             work.started_at = self._now
@@ -471,8 +456,8 @@ class Worker:
         work.preemptions += 1
         work.recomputed += work.computed
         self.running.remove(work)
-        self.pool.free(work.blocks)
-        work.blocks, work.computed, work.committed, work.fresh = [], 0, 0, True
+        self.blocks.free(work)
+        work.computed, work.fresh = 0, True
         self._enqueue(work)
 
     def _on_step_done(self, event: StepDone) -> None:
@@ -503,7 +488,7 @@ class Worker:
         work.known += done.sampled
         work.out += done.sampled
         work.keys.extend(done.keys)
-        self._commit(work)
+        self.blocks.commit(work)
         if work.phase == "decode" and work.fresh and not work.preemptions:
             work.first_step_s = self._now - (work.started_at or self._now)
         work.fresh = False
@@ -511,12 +496,6 @@ class Worker:
             self._prefilled(work, ended=bool(done.end))
         if done.end:
             self._finish(work, done.end)
-
-    def _commit(self, work: Work) -> None:
-        full = min(work.computed // self.config.capacity.block_size, len(work.keys))
-        for i in range(work.committed, full):
-            self.pool.commit(work.blocks[i], work.keys[i])
-        work.committed = max(work.committed, full)
 
     def _prefilled(self, work: Work, *, ended: bool) -> None:
         started = work.started_at if work.started_at is not None else self._now
@@ -600,8 +579,7 @@ class Worker:
         if work.busy:
             return
         del self.quarantine[work.id, work.attempt]
-        self.pool.free(work.blocks)
-        work.blocks = []
+        self.blocks.free(work)
 
     def _find(self, request_id: RequestId, attempt: int) -> Work | None:
         work = self.works.get(request_id)
@@ -637,24 +615,6 @@ class Worker:
     def _note(self, event: Any) -> None:
         self._out.append(Note(event))
 
-    def _tell_cache(self) -> None:
-        added, removed = self.pool.changes()
-        if added or removed:
-            c = self.config
-            self._kv_seq += 1
-            self._tell(
-                c.conductor, KvEvents(c.worker, c.incarnation, self._kv_seq, added, removed)
-            )
-
-    def _reset_cache_events(self) -> None:
-        self.pool.changes()
-        c = self.config
-        self._kv_seq += 1
-        keys = tuple(self.pool.all_keys())
-        self._tell(
-            c.conductor, KvEvents(c.worker, c.incarnation, self._kv_seq, keys, (), reset=True)
-        )
-
     def check(self) -> None:
         """Block counts, stages and queues agree."""
         self.pool.check()
@@ -672,55 +632,3 @@ class Worker:
             assert (work in self.room) == (work.stage is Stage.ROOM), work.id
             assert work.blocks or work.stage in (Stage.PROMPT, Stage.QUEUE, Stage.ROOM)
         assert all(w.dead and w.busy for w in self.quarantine.values())
-
-
-class _Window:
-    """The batch policy's view: the worker's own state, read-only, nothing copied."""
-
-    __slots__ = ("_worker",)
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    @property
-    def running(self) -> Sequence[Work]:
-        return self._worker.running
-
-    @property
-    def waiting(self) -> Sequence[Work]:
-        return self._worker.waiting
-
-    @property
-    def blocks_available(self) -> int:
-        return self._worker.pool.available
-
-    @property
-    def block_size(self) -> int:
-        return self._worker.config.capacity.block_size
-
-    @property
-    def batch_max(self) -> int:
-        return self._worker.config.capacity.batch_max
-
-    @property
-    def batch_tokens_max(self) -> int:
-        return self._worker.config.capacity.batch_tokens_max
-
-    @property
-    def chunk_tokens(self) -> int:
-        return self._worker.config.chunk_tokens
-
-    @property
-    def steps_max(self) -> int:
-        return self._worker.config.steps_max
-
-    def admission(self, index: int) -> batch.Admission:
-        worker = self._worker
-        work = worker.waiting[index]
-        size = worker.config.capacity.block_size
-        hits = worker._hits(work)
-        needed = -(-work.known // size)
-        missing = worker.pool.missing_for(hits, needed)
-        return batch.Admission(len(hits) * size, missing + worker.pool.available)
-
-

@@ -161,6 +161,13 @@ class Metrics(Collector):
             "kvasir_inter_token_latency_seconds", "Between two tokens of an answer at the gateway."
         )
         self._gap = self._itl.of()
+        self._tpot = Histogram(
+            "kvasir_time_per_output_token_seconds", "Mean time per token after an answer's first."
+        )
+        self._second = Histogram(
+            "kvasir_second_token_delay_seconds", "From first to second token, the hand-over in it."
+        )
+        self._duration = Histogram("kvasir_request_seconds", "From a request's arrival to its end.")
         self._queued = self._running = 0
         self._kv_usage: dict[WorkerId, float] = {}
         self._up: dict[WorkerId, tuple[Incarnation, bool]] = {}
@@ -177,6 +184,11 @@ class Metrics(Collector):
                 self._requests.add(1, path, model, event.reason)
                 self._prompt.add(event.prompt_tokens)
                 self._output.add(event.output_tokens)
+                self._duration.of().observe(event.duration_s)
+                if event.tpot_s is not None:
+                    self._tpot.of().observe(event.tpot_s)
+                if event.second_token_delay_s is not None:
+                    self._second.of().observe(event.second_token_delay_s)
             case Prefilled():
                 self._hits.add(event.cached_tokens)
                 self._computed.add(event.computed_tokens)
@@ -236,7 +248,11 @@ class Metrics(Collector):
         )  # fmt: skip
         for counter in counters:
             yield counter.family()
-        for histogram in (self._transfer, self._queue, self._prefill, self._ttft, self._itl):
+        histograms = (
+            self._transfer, self._queue, self._prefill, self._ttft, self._itl, self._tpot,
+            self._second, self._duration,
+        )  # fmt: skip
+        for histogram in histograms:
             yield histogram.family()
         yield _gauge("kvasir_requests_queued", "Requests waiting for a place.", self._queued)
         yield _gauge("kvasir_requests_running", "Requests being served.", self._running)

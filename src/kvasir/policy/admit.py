@@ -1,5 +1,5 @@
-"""Whether a request may enter at all. Early refusal is cheaper than a late one (Mooncake, 2407.00079
-section 7). Knows counts and limits, not workers."""
+"""Whether a request may enter at all. Early refusal is cheaper than a late one (Mooncake,
+arXiv 2407.00079, section 7). Knows counts and limits, not workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 
 class AdmitView(Protocol):
     """`queued` requests wait for a place now, at most `queue_max` may. `blocks_needed` is what the
-    request needs at its longest, `blocks_max` the largest pool that could hold it (0: no worker)."""
+    request needs at its longest, `blocks_max` the largest pool there is (0: no worker)."""
 
     @property
     def queued(self) -> int: ...

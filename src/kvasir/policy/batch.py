@@ -133,13 +133,13 @@ def _steps(view: BatchView, decoding: Sequence[WorkView], blocks: int) -> int:
     """
     if any(w.fresh for w in decoding):
         return 1
-    steps = min(view.steps_max, min(w.output_left for w in decoding))
+    steps = min(view.steps_max, *(w.output_left for w in decoding))
     size = view.block_size
+    after = [max(w.blocks_held, -(-(w.computed + 1) // size)) for w in decoding]
     while steps > 1:
         more = sum(
-            max(0, -(-(w.computed + steps) // size) - max(w.blocks_held, -(-(w.computed + 1) // size)))
-            for w in decoding
-        )
+            max(0, -(-(w.computed + steps) // size) - held) for w, held in zip(decoding, after,
+        strict=True) )
         if more <= blocks:
             break
         steps //= 2

@@ -25,7 +25,7 @@ STOP_S = 5.0
 
 
 class Fleet:
-    """All workers of a deployment. `on_gone` hears of each death; `on_lost` when one is given up."""
+    """All workers of a deployment. `on_gone` hears of each death, `on_lost` of one given up."""
 
     def __init__(
         self, deployment: Deployment, run_dir: str, record: Path | None, *,

@@ -1,7 +1,8 @@
 """Re-run the nodes of a recording on their recorded inputs, and compare every decision.
 
-Conductor, workers and gateway are rebuilt from the journals' headers alone. What differs is a change
-of the code, or a decision that depended on something that is not an input: both are worth knowing.
+Conductor, workers and gateway are rebuilt from the journals' headers alone. What differs is a
+change of the code, or a decision that depended on something that is not an input: both are worth
+knowing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from kvasir.core.errors import ConfigError
 from kvasir.core.specs import Deployment, LimitsSpec
 from kvasir.node import Node
 from kvasir.node.conductor import Conductor
+from kvasir.node.config import WorkerConfig
 from kvasir.node.request import Requests
-from kvasir.node.worker import Worker, WorkerConfig
+from kvasir.node.worker import Worker
 from kvasir.world import journal
 from kvasir.world.journal import Entry, Header
 
@@ -116,6 +118,6 @@ def build(header: Header) -> Node:
         limits = LimitsSpec.model_validate(config["limits"])
         return Requests(
             config["gateway"], 1, beat_s=limits.beat_s, grace_s=limits.grace_s,
-            attempts_max=limits.attempts_max,
+            attempts_max=limits.attempts_max, deaths_max=limits.deaths_max,
         )  # fmt: skip
     raise ConfigError(f"a journal of a {header.kind!r}", nearest="conductor, worker, gateway")

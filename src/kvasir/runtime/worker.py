@@ -1,4 +1,4 @@
-"""A worker process: `python -m kvasir.runtime.worker START_FILE`. One node, one runner, one wire."""
+"""A worker process, `python -m kvasir.runtime.worker START_FILE`: a node, a runner, a wire."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from kvasir.cost.pools import capacity_of
 from kvasir.engine.base import Runner
 from kvasir.net.topology import Topology
 from kvasir.node.build import worker_config
-from kvasir.node.worker import Worker, WorkerConfig
+from kvasir.node.config import WorkerConfig
+from kvasir.node.worker import Worker
 from kvasir.runtime.plan import StartFile, address
 from kvasir.runtime.runners import make_runner
 from kvasir.world.journal import Journal

@@ -4,7 +4,8 @@
     {"seq": 1, "now": 0.0, "event": {"type": "Start"}, "effects": ["Tell"], "digest": "..."}
 
 Events hold lengths, keys and end reasons, never text or tokens. One JSON object a line, so that a
-person can read it and a tool can cut it. Knows no node and no world; writes to a stream it is given.
+person can read it and a tool can cut it. Knows no node and no world; writes to a stream it is
+given.
 """
 
 from __future__ import annotations

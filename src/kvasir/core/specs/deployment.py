@@ -19,7 +19,7 @@ Role = Literal["prefill", "decode", "mixed"]
 
 
 class ModelSpec(Spec):
-    """A served model. `shape` names a bundled shape or gives one; `path` is a HuggingFace folder."""
+    """A served model. `shape`: a bundled name or sizes; `path`: a HuggingFace folder."""
 
     name: str
     path: str | None = None
@@ -112,6 +112,7 @@ class LimitsSpec(Spec):
     dead_after_s: float = Field(default=5.0, gt=0)
     grace_s: float = Field(default=3.0, gt=0)
     prompt_wait_s: float = Field(default=10.0, gt=0)
+    deaths_max: int = Field(default=3, gt=0)
     kv_wait_s: float = Field(default=120.0, gt=0)
     lease_s: float = Field(default=120.0, gt=0)
     queue_wait_s: float = Field(default=600.0, gt=0)
@@ -146,7 +147,7 @@ class Deployment(Spec):
             self.hardware_of(pool)
             self.model_of(pool)
         roles = {p.role for p in self.pools}
-        if roles == {"prefill"} or roles == {"decode"}:
+        if roles in ({"prefill"}, {"decode"}):
             raise ValueError(f"pools: only {roles.pop()} workers; add the other role, or use mixed")
         return self
 
@@ -155,7 +156,9 @@ class Deployment(Spec):
         found = own.get(pool.hardware) or HARDWARE.get(pool.hardware)
         if found is None:
             near = nearest(pool.hardware, [*own, *HARDWARE])
-            raise ValueError(f"pools.{pool.name}: hardware {pool.hardware!r} unknown; nearest: {near}")
+            raise ValueError(
+                f"pools.{pool.name}: hardware {pool.hardware!r} unknown; nearest: {near}"
+            )
         return found
 
     def model_of(self, pool: PoolSpec) -> ModelSpec:

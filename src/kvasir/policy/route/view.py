@@ -1,9 +1,9 @@
 """What a route policy may look at, and what it answers. The prose is the contract.
 
-The conductor asks twice: once with `stage` "prefill", once with "decode" (at arrival or when prefill
-ends, as the deployment says). It has already left out workers that are dead, draining, of the wrong
-role or model, or whose free KV could not hold the request (NetKV's feasibility filter), so a policy
-only ranks. Never empty.
+The conductor asks twice: once with `stage` "prefill", once with "decode" (at arrival or when
+prefill ends, as the deployment says). It has already left out workers that are dead, draining, of
+the wrong role or model, or whose free KV could not hold the request (NetKV's feasibility filter),
+so a policy only ranks. Never empty.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class RouteView(Protocol):
     """`hits[worker]` leading blocks cached there. `source` prefill worker (stage decode), or "".
 
     `transfer(target)` is the predicted time to ship what `target` lacks from `source`; zero when
-    they are the same. `prefill_ahead_s` seconds of prefill still to come, which can hide a transfer.
+    they are the same. `prefill_ahead_s` seconds of prefill still to come, which can hide a
+    transfer.
     """
 
     @property

@@ -1,8 +1,9 @@
 """Messages between processes: msgpack envelopes over ZeroMQ. Knows addresses, not meanings.
 
 Every process binds one ROUTER and dials one DEALER per peer. An envelope is one frame, typed,
-versioned and size-capped; what cannot be read is counted and dropped, and the socket goes on. ZeroMQ
-keeps the order between two living processes; what was sent to a dead one is lost, as nodes expect.
+versioned and size-capped; what cannot be read is counted and dropped, and the socket goes on.
+ZeroMQ keeps the order between two living processes; what was sent to a dead one is lost, as nodes
+expect.
 """
 
 from __future__ import annotations

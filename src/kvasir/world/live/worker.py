@@ -16,7 +16,14 @@ from kvasir.core import effects as fx
 from kvasir.core.events import AnyEvent
 from kvasir.core.ids import NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
-    AnyMessage, Dispatch, KvWant, Prompt, Received, SendOver, StepDone, Tokens,
+    AnyMessage,
+    Dispatch,
+    KvWant,
+    Prompt,
+    Received,
+    SendOver,
+    StepDone,
+    Tokens,
 )  # fmt: skip
 from kvasir.core.specs import TransportSpec
 from kvasir.engine.base import Runner, Sampled

@@ -1,8 +1,8 @@
 """KV on a simulated network: flows share links max-min fairly, each arrival or end changes rates.
 
-Knows bytes, routes and virtual time. Must not know requests' content, steps or policy. Completion is
-decided by identity: the flow whose end was computed to be next is the one that ends, whatever its
-remaining bytes have been rounded to.
+Knows bytes, routes and virtual time. Must not know requests' content, steps or policy. Completion
+is decided by identity: the flow whose end was computed to be next is the one that ends, whatever
+its remaining bytes have been rounded to.
 """
 
 from __future__ import annotations

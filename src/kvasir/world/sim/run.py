@@ -1,4 +1,4 @@
-"""`simulate(deployment, trace, seed)`: a pure function from a deployment and arrivals to a result."""
+"""`simulate(deployment, trace, seed)`: a pure function from a deployment and arrivals to figures."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ Tell = Callable[[WorkerId, Received | SendOver], None]
 class Transfer:
     """One attempt's KV on its way. `parts` flows or delays are outstanding."""
 
-    __slots__ = ("bytes", "flows", "fetch", "last", "parts", "report", "source", "started", "target")
+    __slots__ = (
+        "bytes", "fetch", "flows", "last", "parts", "report", "source", "started", "target",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.source: WorkerId = ""
@@ -142,9 +144,8 @@ class Transfers:
     def worker_died(self, worker: WorkerId) -> None:
         """Connections break; the other side learns it."""
         for key, transfer in list(self._all.items()):
-            if worker in (transfer.source, transfer.target):
-                self._abandon(key, transfer, "peer lost")
-            elif transfer.fetch is not None and transfer.fetch.source == worker:
+            awaited = transfer.fetch.source if transfer.fetch is not None else ""
+            if worker in (transfer.source, transfer.target, awaited):
                 self._abandon(key, transfer, "peer lost")
         for stream in [s for s in self._streams if s[0] == worker]:
             del self._streams[stream]

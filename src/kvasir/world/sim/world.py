@@ -1,22 +1,34 @@
 """The simulated world: hosts with nodes, a heap of what comes next, and effects in virtual time.
 
-Which world it is, no node can tell: it performs the same effects as the live one. Deterministic: the
-heap breaks ties by order of insertion, and all randomness is in `faults`.
+Which world it is, no node can tell: it performs the same effects as the live one. Deterministic:
+the heap breaks ties by order of insertion, and all randomness is in `faults`.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
 from kvasir.core import effects as fx
 from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
-    Alarm, AnyMessage, Arrive, Done, Hangup, Location, Message, NetReading, Received, SendOver,
-    Start, StepDone, Tokens, WorkerGone,
+    Alarm,
+    AnyMessage,
+    Arrive,
+    Done,
+    Hangup,
+    Location,
+    Message,
+    NetReading,
+    Received,
+    SendOver,
+    Start,
+    StepDone,
+    Tokens,
+    WorkerGone,
 )  # fmt: skip
 from kvasir.core.request import Request, Sampling
 from kvasir.core.specs import Deployment
@@ -279,7 +291,7 @@ class SimWorld:
     def _note(self, host: Host, effect: fx.Note) -> None:
         self.recorder.event(self.now, effect.event)
 
-    _perform: dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]] = {
+    _perform: ClassVar[dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]]] = {
         fx.Tell: _tell, fx.Step: _step, fx.Cut: _cut, fx.Send: _send_kv, fx.Fetch: _fetch_kv,
         fx.Release: _release, fx.Timer: _timer, fx.Reply: _reply, fx.Refuse: _refuse,
         fx.Note: _note,

@@ -1,0 +1,81 @@
+"""A worker's blocks: what the pool's operations mean for an attempt. Knows counts and keys, no
+messages and no time."""
+
+from __future__ import annotations
+
+from kvasir.core.ids import BlockId, Incarnation, WorkerId
+from kvasir.core.messages import Capacity, KvEvents
+from kvasir.kv.pool import BlockPool
+from kvasir.node.work import Stage, Work
+from kvasir.policy.evict import EVICTS
+
+
+class Blocks:
+    """One pool, and the numbered news of its cache for the conductor's index."""
+
+    def __init__(
+        self, capacity: Capacity, evict: str, worker: WorkerId, incarnation: Incarnation
+    ) -> None:
+        self.pool = BlockPool(capacity.kv_blocks, EVICTS[evict])
+        self.size = capacity.block_size
+        self._token_bytes = capacity.kv_token_bytes
+        self._worker, self._incarnation = worker, incarnation
+        self._seq = 0
+
+    def count(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.size)
+
+    def bytes(self, blocks_count: int) -> int:
+        return blocks_count * self.size * self._token_bytes
+
+    def hits(self, work: Work) -> list[BlockId]:
+        """Cached leading blocks; a position that still has to be run is never one of them."""
+        whole = work.stage is Stage.ROOM and work.dispatch.first_token == "prefill"
+        usable = work.known if whole else work.known - 1
+        return self.pool.match(work.keys[: usable // self.size])
+
+    def take(self, work: Work, hits: list[BlockId]) -> None:
+        """Give an attempt that holds nothing its hits, and fresh blocks for all other tokens."""
+        self.pool.take(hits)
+        after = hits[-1] if hits else None
+        work.blocks = hits + self.pool.allocate(self.count(work.known) - len(hits), after)
+        work.committed = len(hits)
+        work.tabled, work.table_fresh = 0, True
+
+    def grow(self, work: Work, tokens: int) -> bool:
+        """Blocks for `tokens` tokens. False when a preempted sequence's blocks were shared and so
+        did not become free: the row sits this step out."""
+        missing = self.count(tokens) - len(work.blocks)
+        if missing > self.pool.available:
+            return False
+        if missing > 0:
+            after = work.blocks[-1] if work.blocks else None
+            work.blocks += self.pool.allocate(missing, after)
+        return True
+
+    def commit(self, work: Work) -> None:
+        """Name the blocks that became full, so that others can hit them."""
+        full = min(work.computed // self.size, len(work.keys))
+        for i in range(work.committed, full):
+            self.pool.commit(work.blocks[i], work.keys[i])
+        work.committed = max(work.committed, full)
+
+    def free(self, work: Work) -> None:
+        self.pool.free(work.blocks)
+        work.blocks, work.committed = [], 0
+
+    def news(self) -> KvEvents | None:
+        """What appeared and vanished since the last call; None when nothing did."""
+        added, removed = self.pool.changes()
+        if not added and not removed:
+            return None
+        self._seq += 1
+        return KvEvents(self._worker, self._incarnation, self._seq, added, removed)
+
+    def everything(self) -> KvEvents:
+        """All keys anew, for an index that lost count."""
+        self.pool.changes()
+        self._seq += 1
+        keys = tuple(self.pool.all_keys())
+        return KvEvents(self._worker, self._incarnation, self._seq, keys, (), reset=True)

@@ -1,0 +1,31 @@
+"""What a worker decides by, as plain data: it stands in the header of the worker's journal."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvasir.core.ids import CONDUCTOR, NodeId, WorkerId
+from kvasir.core.messages import Capacity, Location
+
+
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """All that a worker decides by. Seconds."""
+
+    worker: WorkerId
+    incarnation: int
+    roles: tuple[str, ...]
+    model: str
+    fingerprint: str
+    capacity: Capacity
+    location: Location = Location()
+    pool: str = ""
+    conductor: NodeId = CONDUCTOR
+    batch: str = "token_budget"
+    evict: str = "lru"
+    chunk_tokens: int = 8192
+    steps_max: int = 256
+    waiting_max: int = 4096
+    beat_s: float = 1.0
+    prompt_wait_s: float = 10.0
+    kv_wait_s: float = 120.0
+    lease_s: float = 120.0

@@ -1,0 +1,60 @@
+"""The batch policy's view of a worker: its own state, read-only, nothing copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvasir.node.work import Work
+from kvasir.policy.batch import Admission
+
+if TYPE_CHECKING:
+    from kvasir.node.worker import Worker
+
+
+class Window:
+    """The batch policy's view: the worker's own state, read-only, nothing copied."""
+
+    __slots__ = ("_worker",)
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    @property
+    def running(self) -> Sequence[Work]:
+        return self._worker.running
+
+    @property
+    def waiting(self) -> Sequence[Work]:
+        return self._worker.waiting
+
+    @property
+    def blocks_available(self) -> int:
+        return self._worker.pool.available
+
+    @property
+    def block_size(self) -> int:
+        return self._worker.blocks.size
+
+    @property
+    def batch_max(self) -> int:
+        return self._worker.config.capacity.batch_max
+
+    @property
+    def batch_tokens_max(self) -> int:
+        return self._worker.config.capacity.batch_tokens_max
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._worker.config.chunk_tokens
+
+    @property
+    def steps_max(self) -> int:
+        return self._worker.config.steps_max
+
+    def admission(self, index: int) -> Admission:
+        blocks = self._worker.blocks
+        work = self._worker.waiting[index]
+        hits = blocks.hits(work)
+        missing = blocks.pool.missing_for(hits, blocks.count(work.known))
+        return Admission(len(hits) * blocks.size, missing + blocks.pool.available)
