@@ -39,9 +39,9 @@ from tests.engine_driver import (  # noqa: E402
 
 SIZE = 16
 BLOCKS = 96
-LENGTHS = (1, 15, 16, 17, 31, 32, 33)
-N = 16
 WINDOW = 20  # not a multiple of the block size
+LENGTHS = (1, 15, 16, 17, WINDOW + 1, 31, 32, 33)
+N = 16
 
 SMALL = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

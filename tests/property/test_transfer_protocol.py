@@ -46,6 +46,13 @@ Planes = list[list[np.ndarray]]
 FATES = ("good", "stop", "forget", "unexpected", "overdue", "unfinished", "too_few", "too_many")
 
 
+@pytest.fixture(autouse=True)
+def no_defect_in_a_thread(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A transfer thread logs what it should never have raised, and goes on."""
+    yield
+    assert not [r for r in caplog.get_records("call") if r.message == "a transfer task failed"]
+
+
 def planes_of(fill: int | None, block_bytes: int = BLOCK_BYTES) -> Planes:
     rng = np.random.default_rng(11)
     shape = (BLOCKS, block_bytes)
@@ -362,6 +369,16 @@ def test_a_forget_in_mid_frame_writes_no_more(scattered: bool) -> None:
         ("a", False, "released"), ("b", True, "")
     ]  # fmt: skip
     assert (every(target, blocks) == MARK).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_for_nobody_is_refused_at_once(kind: str) -> None:
+    source, target, ends = planes_of(None), planes_of(UNTOUCHED), Ends()
+    with pair(kind, source, target, ends) as (sender, receiver):
+        sender.open("a", 1, receiver.address, time.monotonic() + FAR_S)
+        sender.push("a", 1, 0, [1], 0)
+        ends.wait(lambda: bool(ends.over))
+    assert ends.over == [("a", 1, False, "nobody expects it here")]
 
 
 @pytest.mark.parametrize("claimed", [Trailer((), None, 2, LAYERS, 2 * BLOCK_BYTES), Trailer()])

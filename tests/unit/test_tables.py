@@ -129,6 +129,7 @@ def test_under_first_token_prefill_the_transfer_is_after_ttft() -> None:
     assert f"{'Mean transfer, after it (ms):':<40} {'250.00':<10}" in text
     assert f"{'Mean second token delay (ms):':<40} {'260.00':<10}" in text
     assert f"{'Mean other (ms):':<40} {'0.00':<10}" in text
+    assert "second token" not in table(summarise([outcome], ItlRuns(), 1.0, first_token="decode"))
 
 
 def test_compare_says_how_many_times_the_first_run() -> None:

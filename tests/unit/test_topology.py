@@ -66,6 +66,7 @@ def test_placement_is_the_same_every_time() -> None:
 def test_a_pool_bound_to_racks_goes_before_one_that_is_free() -> None:
     free_first = deployment(pool("p", 4, 8), pool("d", 4, 8, (0, 1)))
     placed = Topology(free_first.topology).place(free_first)
+    assert list(placed) == free_first.worker_ids(), "named in the deployment's order all the same"
     assert {placed[f"d-{i}"].gpus[0] // 16 for i in range(4)} == {0, 1}
     assert {placed[f"p-{i}"].gpus[0] // 16 for i in range(4)} == {2, 3}
 

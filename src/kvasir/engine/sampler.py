@@ -18,7 +18,7 @@ from kvasir.core.request import Sampling
 
 NUCLEUS_GUESS = 1024  # tokens looked at first; a nucleus that holds more has all of them sorted
 
-TEMPERATURE_MIN = 1e-30  # float32 has nothing below 1e-45
+TEMPERATURE_MIN = 1e-30  # greedy in effect, and logits divided by it are finite in float32
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
@@ -49,9 +49,7 @@ def uniform(draw: Draw) -> float:
 def _draw_warm(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Temperature, then nucleus, then the inverse of the cumulative distribution."""
     temperature = torch.tensor([[max(one.sampling.temperature, TEMPERATURE_MIN)] for one in draws])
-    # With the maximum subtracted, the likeliest token has 0 / temperature: tiny ones stay finite.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    probs = scaled.softmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
     nucleus = [i for i, one in enumerate(draws) if one.sampling.top_p < 1]
     if nucleus:
         top_p = torch.tensor([[draws[i].sampling.top_p] for i in nucleus], dtype=torch.float64)

@@ -112,7 +112,7 @@ class Completions:
             reply.request_id = caller.request_id
             raw = await read_body(receive, caller.body_bytes, house.limits.body_bytes_max)
             # A client may send one id twice, so its own id is only the first part of the name.
-            run_id = caller.request_id
+            run_id = f"{caller.request_id}-{fresh[:8]}" if caller.own_id else fresh
             with Line(receive, reply):
                 plan = await self._planner(raw, house.desk, caller, run_id)
                 await Exchange(plan, house.desk, reply, house.metrics, house.clock, began).run()

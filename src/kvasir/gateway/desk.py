@@ -208,7 +208,9 @@ class LiveDesk:
             return
         found.ended = True
         report = found.report
-        queue_s = report.prefill.queue_s + report.decode_queue_s if report is not None else 0.0
+        queue_s = report.prefill.queue_s if report is not None else 0.0
+        if report is not None and self._deployment.first_token == "decode":
+            queue_s += report.decode_queue_s
         found.pieces.put_nowait(
             EndPiece(
                 cast(EndReason, event.reason), event.prompt_tokens, event.cached_tokens,

@@ -214,7 +214,9 @@ def _split(done: Sequence[RequestOutcome], first_token: str) -> Split | None:
         _mean([getattr(o, part) or 0.0 for o in known])
         for part in ("queue_s", "prefill_s", "transfer_s", "first_step_s")
     )
-    inside = [queue_s, prefill_s, first_step_s, 0.0 if first_token == "prefill" else transfer_s]
+    inside = [queue_s, prefill_s]
+    if first_token != "prefill":  # there the hand-over and the decode side's step come after it
+        inside += [transfer_s, first_step_s]
     delays = [o.second_token_delay_s for o in known if o.second_token_delay_s is not None]
     return Split(
         count=len(known),

@@ -126,7 +126,7 @@ def _split_rows(s: Summary) -> Iterator[str]:
     yield _number("Mean other (ms):", s.split.other_s * 1e3)
     if s.first_token == "prefill":
         yield _number("Mean transfer, after it (ms):", s.split.transfer_s * 1e3)
-    if s.split.second_token_delay_s is not None:
+    if s.split.second_token_delay_s is not None and s.first_token != "decode":
         yield _number("Mean second token delay (ms):", s.split.second_token_delay_s * 1e3)
 
 

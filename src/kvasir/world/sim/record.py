@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from kvasir.core.events import AnyEvent, Closed, Preempted, Recomputed, Retried
 from kvasir.core.ids import RequestId
-from kvasir.core.messages import Done, Report
+from kvasir.core.messages import Done, Report, RowDone
 from kvasir.measure.itl import ItlRuns
 from kvasir.measure.summary import RequestOutcome
 from kvasir.world.sim.executor import Outcome
 
 
 class Recorder:
-    """Times are virtual seconds."""
+    """Times are virtual seconds. `each_itl`: keep each request's own gaps, for an SLO on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_token: str = "decode", *, each_itl: bool = False) -> None:
+        self._first_token = first_token
+        self._own: dict[RequestId, ItlRuns] | None = {} if each_itl else None
         self.outcomes: list[RequestOutcome] = []
         self.itl = ItlRuns()
         self.counts: dict[str, int] = {}
@@ -36,6 +38,8 @@ class Recorder:
             if not row.sampled:
                 continue
             last = self._last_token.get(row.request_id)
+            if self._own is not None:
+                self._own_gaps(self._own, row, last, outcome)
             if last == outcome.started and first[row.request_id] > 1:
                 together += 1
             else:
@@ -46,6 +50,16 @@ class Recorder:
             self._last_token[row.request_id] = outcome.ended
         if together:
             self.itl.add(outcome.steps, outcome.first_s, outcome.last_s, together, outcome.started)
+
+    def _own_gaps(
+        self, own: dict[RequestId, ItlRuns], row: RowDone, last: float | None, outcome: Outcome
+    ) -> None:
+        first_at = outcome.started + outcome.first_s
+        runs = own.setdefault(row.request_id, ItlRuns())
+        if last is not None and first_at >= last:
+            runs.add(1, first_at - last, first_at - last)
+        if row.sampled > 1:
+            runs.add(row.sampled - 1, outcome.first_s + self._slope(outcome), outcome.last_s)
 
     def _joined(self, request_id: RequestId, index: int, last: float | None, at: float) -> None:
         if last is None or at < last:  # the second: a lost attempt that does not know it yet
@@ -80,7 +94,10 @@ class Recorder:
         delay_s = self._second_delay.pop(event.request_id, None)
         ok = event.reason in ("stop", "length")
         prefill = report.prefill if report is not None else None
-        decode_queue_s = report.decode_queue_s if report is not None else 0.0
+        late_s = 0.0  # what waits at the decode side is a part of TTFT only if it comes before
+        if report is not None and self._first_token == "decode":
+            late_s = report.decode_queue_s
+        own = self._own.pop(event.request_id, None) if self._own is not None else None
         self.outcomes.append(
             RequestOutcome(
                 ok=ok,
@@ -92,11 +109,12 @@ class Recorder:
                 tpot_s=event.tpot_s,
                 e2e_s=event.duration_s,
                 path=event.path,
-                queue_s=prefill.queue_s + decode_queue_s if prefill else None,
+                queue_s=prefill.queue_s + late_s if prefill else None,
                 prefill_s=prefill.prefill_s if prefill else None,
                 transfer_s=report.transfer_s if report else None,
                 first_step_s=report.first_step_s if report else None,
                 second_token_delay_s=delay_s,
+                itl_p99_s=dict(own.distribution((99.0,)).percentiles)[99.0] if own else None,
                 error="" if ok else event.reason,
             )
         )

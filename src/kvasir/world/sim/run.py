@@ -1,4 +1,4 @@
-"""`simulate(deployment, trace, seed)`: a pure function from a deployment and arrivals to figures."""
+"""`simulate(deployment, trace, seed)`: a pure function from deployment and arrivals to figures."""
 
 from __future__ import annotations
 

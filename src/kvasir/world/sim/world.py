@@ -75,7 +75,9 @@ class SimWorld:
     ) -> None:  # fmt: skip
         fx.require("the simulator", PERFORMS, ())
         self.deployment = deployment
-        self.recorder = Recorder()
+        self.recorder = Recorder(
+            deployment.first_token, each_itl=deployment.slo.itl_p99_s is not None
+        )
         self.now = 0.0
         self.events = 0
         self.touched: Node | None = None  # the node that handled the last event
