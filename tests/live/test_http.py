@@ -63,7 +63,7 @@ def served(desk: FakeDesk, limits: LimitsSpec | None = None) -> Iterator[int]:
         finally:
             is_bound.set()
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     is_bound.wait()
     try:
@@ -361,13 +361,12 @@ def test_a_failure_in_the_middle_is_an_event_and_the_end() -> None:
 
 def test_a_bug_is_a_plain_error_without_traceback(caplog: pytest.LogCaptureFixture) -> None:
     class Buggy(FakeDesk):
-        def submit(self, ask: Ask) -> AsyncGenerator[Piece, None]:
-            async def broken() -> AsyncGenerator[Piece, None]:
-                if ask.max_tokens > 1:
-                    yield PlacedPiece("aggregated", "w", "w")
-                raise RuntimeError("secret detail")
+        async def pieces(self, ask: Ask) -> AsyncGenerator[Piece, None]:
+            if ask.max_tokens > 1:
+                yield PlacedPiece("aggregated", "w", "w")
+            raise RuntimeError("secret detail")
 
-            return broken()
+        submit = pieces
 
     with served(Buggy(FakeText())) as port:
         early = post(port, "/v1/chat/completions", chat_body(max_tokens=1, stream=True))

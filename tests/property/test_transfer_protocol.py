@@ -233,6 +233,7 @@ def test_any_interleaving(kind: str, found: list[Plan], seed: int) -> None:
         ends.wait(lambda: settled(ends, cases))
         sender.check()
         receiver.check()
+    assert sender._queue_bytes == 0, "something still weighs in the queue"
     judge(ends, cases, target)
 
 

@@ -239,13 +239,24 @@ def test_keys_of_emitted_tokens_come_from_prefill() -> None:
     assert tuple(one.keys) == block_keys(PROMPT + one.output, 4, SALT)[2:4]
 
 
-def test_blocks_before_the_start_have_no_news() -> None:
+def test_blocks_that_came_from_elsewhere_are_named_too() -> None:
     drive = driver()
     run_one(drive, job(free=range(10)))
     again = Job("b", PROMPT, 1, [20], computed=8, held=2)
     drive.open(again, keys_count=0)
     drive.runner.adopt("b", 1, [0, 1])
-    assert row_of(drive.step([again])).keys == ()
+    assert row_of(drive.step([again])).keys == block_keys(PROMPT, 4, SALT)
+
+
+def test_a_block_that_is_filled_again_is_named_once() -> None:
+    """A preempted sequence runs from its start again; the scheduler kept its keys."""
+    drive = driver()
+    one = drive.open(job(n=12))
+    drive.run([one], steps=3)
+    assert one.keys
+    again = Job("a", PROMPT, 13, list(range(20, 40)), output=one.output, fresh=True)
+    drive.step([again])
+    assert again.keys == []
 
 
 def test_time_is_a_parameter() -> None:

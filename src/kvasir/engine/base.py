@@ -132,8 +132,8 @@ class Runner(Protocol):
         token is in `stop_token_ids` or is EOS (unless `ignore_eos`), else with "length" when
         index + 1 >= end_at.
 
-        `RowDone.keys` names the blocks beyond the first `keys_count` that this step filled to the
-        end. Sampled text depends on (seed, index) and the tokens before, not on batch neighbours,
+        `RowDone.keys` names the full blocks that follow those named before: beyond `keys_count` at
+        first, then each block once and in order, wherever its KV was made. Sampled text depends on (seed, index) and the tokens before, not on batch neighbours,
         chunks or resumption; without a seed, on the request id in its stead.
         """
 

@@ -42,7 +42,8 @@ class BlockTable:
 
 @dataclass(slots=True)
 class Attempt:
-    """Tokens known so far, and where their KV stands. `keys` names the leading full blocks."""
+    """Tokens known so far, and where their KV stands. `keys` names the leading full blocks; the
+    scheduler knows the first `keys_count` of them."""
 
     tokens: list[int] = field(default_factory=list)
     table: BlockTable = field(default_factory=BlockTable)
@@ -51,13 +52,15 @@ class Attempt:
     salt: bytes = b""
     keys: list[BlockKey] = field(default_factory=list)
 
-    def keys_filled(self, start: int, end: int, block_size: int) -> tuple[BlockKey, ...]:
-        """Keys beyond the known ones of blocks whose last position is in [start, end)."""
-        first, last = max(start // block_size, self.keys_count), end // block_size
+    def keys_filled(self, end: int, block_size: int) -> tuple[BlockKey, ...]:
+        """Keys of the blocks before position `end` that the scheduler does not know yet. Each is
+        told once and in order, also when its block was filled elsewhere or is filled again."""
+        first, last = self.keys_count, end // block_size
         if first >= last:
             return ()
         if len(self.keys) < last:
             extend_keys(self.keys, self.tokens[: last * block_size], block_size, self.salt)
+        self.keys_count = last
         return tuple(self.keys[first:last])
 
 
@@ -194,7 +197,7 @@ class AttemptRunner(ABC):
             attempt=row.attempt,
             sampled=iterations if row.sample else 0,
             end=end,
-            keys=last.attempt.keys_filled(row.start, last.end, self.spec.block_size),
+            keys=last.attempt.keys_filled(last.end, self.spec.block_size),
         )
 
     def _attempt(self, request_id: RequestId, attempt: int) -> Attempt:

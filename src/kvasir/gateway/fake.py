@@ -8,7 +8,7 @@ It keeps what it was asked, and which requests were stopped, ended, or left by t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvasir.core.errors import NotFound, nearest
@@ -77,9 +77,10 @@ class FakeDesk:
         fail_at: int = -1,
         workers: Mapping[str, WorkerState] | None = None,
     ) -> None:
-        self._text, self._script, self._path = text, tuple(script), path
-        self._placed_s, self._first_s, self._token_s = placed_s, first_s, token_s
-        self._bundle, self._fail, self._fail_at = bundle, fail, fail_at
+        self._text = text
+        self.script, self.path, self.bundle = tuple(script), path, bundle
+        self.placed_s, self.first_s, self.token_s = placed_s, first_s, token_s
+        self.fail, self.fail_at = fail, fail_at
         self._cards = [ModelCard(model, created=1_700_000_000, max_context=max_context)]
         two: Mapping[str, WorkerState] = {"prefill-0": "ready", "decode-0": "ready"}
         self._workers = dict(two if workers is None else workers)
@@ -89,10 +90,10 @@ class FakeDesk:
         self.stopped: list[str] = []
         self.keep = True  # of the lists above; off for long runs
 
-    def submit(self, ask: Ask) -> AsyncGenerator[Piece, None]:
+    def submit(self, ask: Ask) -> FakePieces:
         if self.keep:
             self.asks.append(ask)
-        return self._play(ask)
+        return FakePieces(self, ask)
 
     def stop(self, request_id: str) -> None:
         self.stopped.append(request_id)
@@ -109,44 +110,67 @@ class FakeDesk:
             raise NotFound(f"no model {model!r} here", nearest=nearest(model, known))
         return self._text
 
-    async def _play(self, ask: Ask) -> AsyncGenerator[Piece, None]:
-        over = False
-        try:
-            await asyncio.sleep(self._placed_s)
-            if self._fail is not None and self._fail_at < 0:
-                over = True
-                yield self._fail
-                return
-            yield PlacedPiece(self._path, "prefill-0", "decode-0")
-            script = self._script[: ask.max_tokens]
-            sent = 0
-            while sent < len(script) and ask.request_id not in self.stopped:
-                await asyncio.sleep(self._token_s if sent else self._first_s)
-                if self._fail is not None and sent >= self._fail_at:
-                    over = True
-                    yield self._fail
-                    return
-                tokens = script[sent : sent + self._bundle]
-                sent += len(tokens)
-                yield TokensPiece(tokens)
-            over = True
-            yield self._end(ask, sent)
-        finally:
-            if self.keep:
-                (self.ended if over else self.cancelled).append(ask.request_id)
 
-    def _end(self, ask: Ask, sent: int) -> EndPiece:
-        cut = sent == ask.max_tokens and ask.request_id not in self.stopped
+class FakePieces:
+    """One request's part of the script. Only closing it early, or its last piece, ends it."""
+
+    __slots__ = ("_ask", "_desk", "_over", "_placed", "_script", "_sent")
+
+    def __init__(self, desk: FakeDesk, ask: Ask) -> None:
+        self._desk, self._ask = desk, ask
+        self._script = desk.script[: ask.max_tokens]
+        self._sent = 0
+        self._placed = self._over = False
+
+    def __aiter__(self) -> FakePieces:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._over:
+            raise StopAsyncIteration
+        desk, sent = self._desk, self._sent
+        if not self._placed:
+            return await self._place()
+        if sent == len(self._script) or self._ask.request_id in desk.stopped:
+            return self._last(self._end())
+        await asyncio.sleep(desk.token_s if sent else desk.first_s)
+        if desk.fail is not None and sent >= desk.fail_at:
+            return self._last(desk.fail)
+        tokens = self._script[sent : sent + desk.bundle]
+        self._sent += len(tokens)
+        return TokensPiece(tokens)
+
+    async def aclose(self) -> None:
+        if not self._over:
+            self._over = True
+            self._desk.cancelled.append(self._ask.request_id)
+
+    async def _place(self) -> Piece:
+        await asyncio.sleep(self._desk.placed_s)
+        if self._desk.fail is not None and self._desk.fail_at < 0:
+            return self._last(self._desk.fail)
+        self._placed = True
+        return PlacedPiece(self._desk.path, "prefill-0", "decode-0")
+
+    def _last(self, piece: EndPiece | FailPiece) -> Piece:
+        self._over = True
+        if self._desk.keep:
+            self._desk.ended.append(self._ask.request_id)
+        return piece
+
+    def _end(self) -> EndPiece:
+        ask, desk, sent = self._ask, self._desk, self._sent
+        cut = sent == ask.max_tokens and ask.request_id not in desk.stopped
         return EndPiece(
             reason="length" if cut else "stop",
             prompt_tokens=len(ask.tokens),
             cached_tokens=len(ask.tokens) // 16 * 16,
             output_tokens=sent,
             report=_report(ask),
-            queue_s=self._placed_s,
-            ttft_s=self._placed_s + self._first_s,
-            second_token_delay_s=self._token_s,
-            path=self._path,
+            queue_s=desk.placed_s,
+            ttft_s=desk.placed_s + desk.first_s,
+            second_token_delay_s=desk.token_s,
+            path=desk.path,
         )
 
 

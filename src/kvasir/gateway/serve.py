@@ -45,7 +45,7 @@ async def serve_http(
                 on_bound(sock.getsockname()[1])
             await asyncio.shield(serving)
         finally:
-            serving.cancel()
+            server.should_exit = True
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
 

@@ -292,7 +292,10 @@ class Conductor:
         return [m for m in self._able(p, role) if self._fits(p, m)]
 
     def _fits(self, p: Placement, m: Member) -> bool:
-        """NetKV's feasibility: free KV, less what is reserved, holds the request and a reserve."""
+        """NetKV's feasibility: free KV, less what is reserved, holds the request and a reserve. A
+        pool that is smaller than the request at its longest never does."""
+        if -(-p.request.total_tokens_max // self.deployment.block_size) > m.blocks_total:
+            return False
         return not m.holds or m.blocks_reserved + self._blocks(p, m) <= m.blocks_total
 
     def _blocks(self, p: Placement, m: Member) -> int:
@@ -502,8 +505,9 @@ class _Admission:
     def __init__(self, conductor: Conductor, placement: Placement) -> None:
         size = conductor.deployment.block_size
         model = placement.request.model
-        able = [m.blocks_total for m in conductor.members.values() if m.hello.model == model]
+        able = [m for m in conductor.members.values() if m.hello.model == model]
+        able = [m for m in able if m.hello.roles != ("prefill",)] or able  # where it would end
         self.queued = len(conductor.queue)
         self.queue_max = conductor.limits.queue_max
         self.blocks_needed = -(-placement.request.total_tokens_max // size)
-        self.blocks_max = max(able, default=0)
+        self.blocks_max = max((m.blocks_total for m in able), default=0)

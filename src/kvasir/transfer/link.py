@@ -237,6 +237,10 @@ class Link:
             text = self._answer.decode(errors="replace")
             self._on_answer(self, header, text or "refused")
 
+    def queue_cost(self) -> int:
+        """Bytes that the waiting pushes weigh."""
+        return sum(item.cost for item in self.queue if isinstance(item, Part))
+
     def check(self) -> None:
         """Whatever waits or leaves belongs to a transfer that is not over (aborts aside)."""
         for item in self.queue:

@@ -233,7 +233,11 @@ class StreamReceiver:
             log.warning("already %d peers", CONNECTIONS_MAX)
             sock.close()
             return
-        self._medium.adopt(sock)
+        try:
+            self._medium.adopt(sock)
+        except OSError:  # gone already
+            sock.close()
+            return
         conn = Conn(sock, self._medium.inlet(sock), self._memory, self._place, self._arrived)
         self._conns.add(conn)
         self._loop.watch(sock, READ, partial(self._on_ready, conn))

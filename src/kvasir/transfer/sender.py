@@ -113,8 +113,8 @@ class StreamSender:
             self._queue_bytes += 0 if full else cost
         if full:
             self._loop.call(partial(self._end, transfer, False, "queue full"))
-        else:
-            self._loop.call(partial(self._enqueue, transfer, first_block, ids, span, cost))
+        elif not self._loop.call(partial(self._enqueue, transfer, first_block, ids, span, cost)):
+            self._settle(cost)
 
     def finish(self, request_id: RequestId, attempt: int, trailer: Trailer) -> None:
         with self._lock:
@@ -310,3 +310,5 @@ class StreamSender:
             assert all(not t.over for t in self._open_now.values())
         for link in self._links.values():
             link.check()
+        waiting = sum(link.queue_cost() for link in self._links.values())
+        assert waiting <= self._queue_bytes, "the queue weighs more than its account says"

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 RUNS_DIRECT_MAX: Final = 64  # more than that are gathered first: one copy beats many small views
 BACKLOG: Final = 128
 
+# A peer whose host vanished without a word is given up after about 15 s.
+LIVENESS: Final = {
+    "TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 15_000,
+}  # fmt: skip
+
 
 class TcpOutlet:
     """Sends straight from the planes; many short runs go through one reused buffer."""
@@ -76,7 +81,10 @@ class TcpInlet:
 
 
 class TcpMedium:
-    """Addresses are `tcp://host:port`; `bind` is `host:port`, port 0 for any."""
+    """Addresses are `tcp://host:port`; `bind` is `host:port`, port 0 for any.
+
+    A host name is looked up on the sender's thread: prefer numbers.
+    """
 
     @property
     def kind(self) -> Kind:
@@ -115,6 +123,10 @@ class TcpMedium:
     def adopt(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in LIVENESS.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def outlet(self, frame_bytes_max: int) -> TcpOutlet:
         return TcpOutlet(frame_bytes_max)
