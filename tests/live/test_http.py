@@ -562,7 +562,8 @@ def test_a_stop_lets_answers_end() -> None:
     got: list[httpx.Response] = []
     with served(desk) as port:
         asking = threading.Thread(
-            target=lambda: got.append(post(port, "/v1/chat/completions", chat_body(stream=True)))
+            target=lambda: got.append(post(port, "/v1/chat/completions", chat_body(stream=True))),
+            daemon=True,
         )
         asking.start()
         eventually(lambda: bool(desk.asks))

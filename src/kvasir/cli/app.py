@@ -16,6 +16,8 @@ VERBS: Final = {
     "simulate": "Run a deployment on a trace in virtual time.",
     "compare": "Simulate several policies on the same arrivals.",
     "verify": "Re-run a recording, decision by decision.",
+    "explain": "Why a recorded request ran where it did: candidates and score terms.",
+    "timeline": "A recording as Chrome trace JSON, for Perfetto.",
     "config": "Check, show or describe kvasir.yaml.",
     "trace": "Say what a trace holds.",
 }

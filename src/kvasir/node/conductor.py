@@ -72,7 +72,7 @@ class Conductor:
         self.index = PrefixIndex()
         self.oracle = Oracle(Topology(deployment.topology))
         self.gateways: dict[NodeId, float] = {}
-        self._route = ROUTES[self.spec.name]
+        self.route = ROUTES[self.spec.name]
         self._admit = ADMITS[deployment.policy.admit]
         self._memory = RouteMemory()
         self._costs: dict[str, StepModel] = {
@@ -88,6 +88,10 @@ class Conductor:
             Finished: self._on_finished, Ended: self._on_ended, GatewayBeat: self._on_gateway_beat,
             WorkerGone: self._on_worker_gone, NetReading: self._on_net_reading,
         }  # fmt: skip
+
+    @property
+    def now(self) -> float:
+        return self._now
 
     def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
         self._now, self._out = now, []
@@ -234,7 +238,7 @@ class Conductor:
         prefillers = self._able(p, "prefill")
         if not prefillers or not self._able(p, "decode"):
             return self._place_without_a_role(p)
-        choice, memory = self._route(self._window(p, "prefill", prefillers), self._memory)
+        choice, memory = self.route(self._window(p, "prefill", prefillers), self._memory)
         prefiller = self.members[choice.worker]
         if "mixed" in prefiller.hello.roles:  # what a mixed worker prefills it keeps
             self._memory = memory
@@ -247,7 +251,7 @@ class Conductor:
         if not decoders:
             return False
         window = self._window(p, "decode", decoders, prefiller)
-        target, self._memory = self._route(window, memory)
+        target, self._memory = self.route(window, memory)
         p.transfer_s = target.estimate_s
         self._dispatch_prefill(p, prefiller, target.worker, f"{choice.why}; {target.why}")
         self._dispatch_decode(p, self.members[target.worker])
@@ -259,7 +263,7 @@ class Conductor:
         anyone = [m for m in anyone if not m.draining and self._fits(p, m)]
         if not anyone:
             return False
-        choice, self._memory = self._route(self._window(p, "prefill", anyone), self._memory)
+        choice, self._memory = self.route(self._window(p, "prefill", anyone), self._memory)
         return self._run_whole(p, self.members[choice.worker], choice.why)
 
     def _choose_decode(self, p: Placement) -> bool:
@@ -270,7 +274,7 @@ class Conductor:
             return False
         p.hits = self.index.match(p.request.keys)
         window = self._window(p, "decode", decoders, source)
-        choice, self._memory = self._route(window, self._memory)
+        choice, self._memory = self.route(window, self._memory)
         p.transfer_s = choice.estimate_s
         p.decode = choice.worker
         self._dispatch_decode(p, self.members[choice.worker])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Literal
@@ -94,6 +95,12 @@ class RouteWindow:
         if source is not None and placement.state is State.QUEUED:
             cached = placement.hits.get(source.id, 0) * block_size
             self.prefill_ahead_s = source.predict_prefill(placement.input_tokens, cached)
+
+    def only(self, worker: WorkerId) -> RouteWindow:
+        """The same window with one candidate: what a policy would say of it alone."""
+        window = copy.copy(self)
+        window.candidates = [self._members[worker]]
+        return window
 
     @property
     def request_id(self) -> RequestId:

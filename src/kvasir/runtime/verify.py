@@ -1,27 +1,21 @@
 """Re-run the nodes of a recording on their recorded inputs, and compare every decision.
 
-Conductor, workers and gateway are rebuilt from the journals' headers alone. What differs is a
-change of the code, or a decision that depended on something that is not an input: both are worth
-knowing.
+What differs is a change of the code, or a decision that depended on something that is not an input:
+both are worth knowing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from kvasir.core.effects import AnyEffect
-from kvasir.core.errors import ConfigError
-from kvasir.core.specs import Deployment, LimitsSpec
-from kvasir.node import Node
-from kvasir.node.conductor import Conductor
-from kvasir.node.config import WorkerConfig
-from kvasir.node.request import Requests
-from kvasir.node.worker import Worker
+from kvasir.runtime.replay import build, header_of, journals
 from kvasir.world import journal
-from kvasir.world.journal import Entry, Header
+from kvasir.world.journal import Entry
 
 SHOWN_CHARS = 300
 
@@ -55,38 +49,27 @@ class Verdict(NamedTuple):
 
 def verify_dir(directory: Path) -> Verdict:
     """All journals in a folder. Raises ConfigError when there are none, or one cannot be read."""
-    paths = sorted(directory.glob("*.jsonl")) if directory.is_dir() else []
-    if not paths:
-        raise ConfigError(
-            "no journals here", where=str(directory),
-            next_step="record with `kvasir serve --record DIR` or `kvasir simulate --record DIR`",
-        )  # fmt: skip
-    return Verdict(tuple(verify_journal(path) for path in paths))
+    return Verdict(tuple(verify_journal(path) for path in journals(directory)))
 
 
 def verify_journal(path: Path) -> NodeVerdict:
     """Stops at the first input whose decisions differ: after it the two histories are two."""
+    header = header_of(path)
+    node = build(header)
+    count = 0
     with path.open("rb") as lines:
-        header, entries = journal.read(lines, str(path))
-        node = build(header)
-        count = 0
-        for entry in entries:
+        for entry in journal.read(lines, str(path))[1]:
             count += 1
-            difference = _compare(node, entry)
-            if difference:
-                return NodeVerdict(header.node, header.kind, count, difference)
+            try:
+                effects = node.handle(entry.now, entry.event)
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                return NodeVerdict(header.node, header.kind, count, _difference(entry, said))
+            if journal.digest(effects) != entry.digest:
+                return NodeVerdict(
+                    header.node, header.kind, count, _difference(entry, _text(effects))
+                )
     return NodeVerdict(header.node, header.kind, count)
-
-
-def _compare(node: Node, entry: Entry) -> tuple[str, ...]:
-    try:
-        effects = node.handle(entry.now, entry.event)
-    except Exception as error:
-        return _difference(entry, f"{type(error).__name__}: {error}")
-    if journal.digest(effects) == entry.digest:
-        return ()
-    now = ", ".join(journal.kinds(effects)) or "nothing"
-    return _difference(entry, f"{now} {_text(effects)}")
 
 
 def _difference(entry: Entry, now: str) -> tuple[str, ...]:
@@ -99,25 +82,10 @@ def _difference(entry: Entry, now: str) -> tuple[str, ...]:
     )
 
 
-def _text(effects: list[AnyEffect]) -> str:
-    return msgspec.json.encode(journal.decisions(effects)).decode()
+def _text(effects: Sequence[AnyEffect]) -> str:
+    names = ", ".join(journal.kinds(effects)) or "nothing"
+    return f"{names} {msgspec.json.encode(journal.decisions(effects)).decode()}"
 
 
 def _short(text: str) -> str:
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
-
-
-def build(header: Header) -> Node:
-    """The node that a journal's header describes. Raises ConfigError for an unknown kind."""
-    config: dict[str, Any] = header.config
-    if header.kind == "conductor":
-        return Conductor(Deployment.model_validate(config), epoch=1)
-    if header.kind == "worker":
-        return Worker(msgspec.convert(config, WorkerConfig))
-    if header.kind == "gateway":
-        limits = LimitsSpec.model_validate(config["limits"])
-        return Requests(
-            config["gateway"], 1, beat_s=limits.beat_s, grace_s=limits.grace_s,
-            attempts_max=limits.attempts_max, deaths_max=limits.deaths_max,
-        )  # fmt: skip
-    raise ConfigError(f"a journal of a {header.kind!r}", nearest="conductor, worker, gateway")
