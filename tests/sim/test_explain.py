@@ -1,4 +1,4 @@
-"""A recording explained and drawn: candidates of a decision, and a timeline that Perfetto can open."""
+"""A recording explained and drawn: candidates of a decision, and a timeline for Perfetto."""
 
 from __future__ import annotations
 

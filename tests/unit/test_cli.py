@@ -368,14 +368,26 @@ def test_json_file_has_no_time_in_it_but_beside_it(simulated: list[SimpleNamespa
 
 
 def test_compare_runs_each_policy_on_the_same_arrivals(
-    simulated: list[SimpleNamespace], capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = "compare local --policies round_robin,netkv,netkv --limit 4 --json c.json"
-    assert main(line.split()) == 0
-    assert [r.deployment.policy.route.name for r in simulated] == ["round_robin", "netkv"]
-    assert simulated[0].trace == simulated[1].trace
-    assert "x1.00" in capsys.readouterr().out
-    assert set(json.loads(Path("c.json").read_text())) == {"round_robin", "netkv"}
+    line = "compare local --policies round_robin,netkv,netkv --limit 6 --seeds 2 --jobs 1"
+    assert main([*line.split(), "--json", "c.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "round_robin" in shown and "(x" in shown
+    assert "95 % intervals" in shown and "mean of 2 seeds" in shown
+    runs = json.loads(Path("c.json").read_text())
+    assert set(runs) == {"round_robin", "netkv"}
+    for policy, results in runs.items():
+        assert [r["seed"] for r in results] == [0, 1]
+        assert {r["policy"] for r in results} == {policy}
+        assert {r["completed"] for r in results} == {6}
+
+
+def test_compare_in_many_processes_gives_the_same_results() -> None:
+    line = "compare local --policies round_robin,netkv --limit 6 --seeds 2"
+    assert main([*line.split(), "--jobs", "1", "--json", "one.json"]) == 0
+    assert main([*line.split(), "--jobs", "2", "--json", "two.json"]) == 0
+    assert Path("one.json").read_bytes() == Path("two.json").read_bytes()
 
 
 def test_unwritable_json_is_said(

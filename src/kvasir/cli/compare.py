@@ -19,8 +19,13 @@ def compare(
     seed: int | None = None,
     json: JsonTo = None,
     limit: Positive = None,
+    seeds: Positive = 3,
+    jobs: Positive = None,
 ) -> None:
     """Simulate several policies on the same arrivals; the first one is the base of the ratios.
+
+    The table is of the first seed; below it stand means over all seeds with 95 % intervals, and the
+    differences from the first policy, paired by seed.
 
     Parameters
     ----------
@@ -36,6 +41,10 @@ def compare(
         File for the results by policy, or - for stdout.
     limit
         Only the first requests of the workload.
+    seeds
+        How many seeds each policy is run with; one gives no intervals.
+    jobs
+        Processes to use (default: one a core).
     """
     from json import loads
 
@@ -43,7 +52,7 @@ def compare(
 
     from kvasir.cli.output import progress, say, unique, write_json
     from kvasir.cli.overrides import with_policy
-    from kvasir.cli.simulate import headline, load, workload_of
+    from kvasir.cli.simulate import headline, load, with_workload, workload_of
     from kvasir.measure.results import canonical
     from kvasir.measure.tables import compare_table
     from kvasir.policy.route import ROUTES
@@ -55,16 +64,29 @@ def compare(
     arrivals = workload_of(spec, trace, limit, seed)
     say(headline(spec, arrivals, ", ".join(names), seed), json)
 
-    from kvasir.world.sim.run import simulate as run
+    from kvasir.measure.intervals_table import intervals_table
+    from kvasir.runtime.sweep import Case, sweep
 
-    results = {}
-    for name, one in specs.items():
-        with progress(f"{spec.name}, {name}") as report:
-            results[name] = run(one, arrivals, seed=seed, progress=report)
+    flags = {"trace": trace, "limit": limit}
+    given = {k: v for k, v in flags.items() if v is not None}
+    used = [seed + i for i in range(seeds or 1)]
+    cases = [
+        Case(name, with_workload(one, given), number)
+        for name, one in specs.items()
+        for number in used
+    ]
+    with progress(f"{spec.name}, {len(cases)} runs") as report:
+        runs = sweep(cases, jobs=jobs, progress=report)
+    by_name = {
+        name: [r for r, c in zip(runs, cases, strict=True) if c.label == name] for name in names
+    }
+    results = {name: found[0] for name, found in by_name.items()}
     columns = []
     for name, result in results.items():
         notes = unique((*result.summary.notes, *result.notes))
         own = tuple(n for n in notes if n not in arrivals.notes)
         columns.append((name, replace(result.summary, notes=own)))
     say("\n".join([compare_table(columns), *(f"* {note}" for note in arrivals.notes)]), json)
-    write_json(json, canonical({name: loads(r.to_json()) for name, r in results.items()}))
+    say(intervals_table({n: [r.summary for r in rs] for n, rs in by_name.items()}), json)
+    content = {n: [loads(r.to_json()) for r in rs] for n, rs in by_name.items()}
+    write_json(json, canonical(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +82,12 @@ def workload_of(spec: Deployment, trace: str | None, limit: int | None, seed: in
 
     flags = {"trace": trace, "limit": limit}
     given = {k: v for k, v in flags.items() if v is not None}
-    return workload(spec.workload.model_copy(update=given), spec.block_size, seed)
+    return workload(with_workload(spec, given).workload, spec.block_size, seed)
+
+
+def with_workload(spec: Deployment, given: Mapping[str, object]) -> Deployment:
+    """The deployment with these fields of its workload replaced."""
+    return spec.model_copy(update={"workload": spec.workload.model_copy(update=given)})
 
 
 def headline(spec: Deployment, trace: Trace, policies: str, seed: int) -> str:

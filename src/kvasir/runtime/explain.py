@@ -1,8 +1,8 @@
 """Why did the router choose that? Asked after the fact, of a recording.
 
-The conductor runs again on its recorded inputs; when the request in question is routed, the policy is
-asked once more about each candidate alone, and its own words for that one are its score terms. So
-nothing is kept while serving, and the explanation cannot differ from the decision.
+The conductor runs again on its recorded inputs; when the request in question is routed, the policy
+is asked once more about each candidate alone, and its own words for that one are its score terms.
+So nothing is kept while serving, and the explanation cannot differ from the decision.
 """
 
 from __future__ import annotations

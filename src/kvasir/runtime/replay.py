@@ -1,7 +1,7 @@
 """Nodes rebuilt from journals and run again on their recorded inputs.
 
-A journal keeps digests of decisions, not decisions; running the node again brings them back. Verify,
-explain and timeline all read recordings this way.
+A journal keeps digests of decisions, not decisions; running the node again brings them back.
+Verify, explain and timeline all read recordings this way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A recording as a timeline: one process a worker, steps and requests as slices, KV as arrows.
 
-Chrome's trace format (JSON object form), which Perfetto opens: times in microseconds, numeric pid and
-tid, metadata names, events sorted by time. Built from journals alone, so live and simulated
+Chrome's trace format (JSON object form), which Perfetto opens: times in microseconds, numeric pid
+and tid, metadata names, events sorted by time. Built from journals alone, so live and simulated
 recordings look alike.
 """
 

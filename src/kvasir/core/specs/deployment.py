@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvasir.core.errors import ConfigError, nearest
 from kvasir.core.specs.base import Spec
@@ -41,6 +41,24 @@ class FittedCost(Spec):
     per_context_s: float = Field(default=0.0, ge=0)
 
 
+class MeasuredCost(Spec):
+    """Step time from measured tables of kernels (`cost: measured`), and how the weights are kept.
+
+    `system` names the tables; empty: those of the pool's hardware. Formats are the tables' own
+    names: `bfloat16`, `fp8`, `fp8_block`, `nvfp4`, ...; `moe` empty: as `gemm`. `ep`: experts are
+    divided among that many accelerators, each whole. `dp`: attention is copied that often, each
+    copy on tp / dp accelerators with its share of the sequences.
+    """
+
+    kind: Literal["measured"] = "measured"
+    system: str = ""
+    gemm: str = "bfloat16"
+    moe: str = ""
+    kv: Literal["bfloat16", "fp8"] = "bfloat16"
+    ep: int = Field(default=1, gt=0)
+    dp: int = Field(default=1, gt=0)
+
+
 class PoolSpec(Spec):
     """`count` equal instances of `tp` x `pp` accelerators. `racks` limits where they may stand."""
 
@@ -57,7 +75,12 @@ class PoolSpec(Spec):
     waiting_max: int = Field(default=4096, gt=0)
     kv_blocks: int | None = Field(default=None, gt=0)
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
-    cost: FittedCost | None = None
+    cost: FittedCost | MeasuredCost | None = None
+
+    @field_validator("cost", mode="before")
+    @classmethod
+    def _measured_by_name(cls, value: object) -> object:
+        return MeasuredCost() if value == "measured" else value
 
     @property
     def gpus(self) -> int:
