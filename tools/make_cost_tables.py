@@ -25,7 +25,7 @@ SOURCE = "AIConfigurator (NVIDIA), commit 095f58a51, Apache-2.0; vLLM {version}"
 
 
 class Recipe(NamedTuple):
-    """What of a csv becomes an operator: rows with `only`, a grid over `axes` for each of `keys`."""
+    """What of a csv becomes an operator: rows with `only`; `axes` for each of `keys`."""
 
     op: str
     file: str

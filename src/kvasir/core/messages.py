@@ -315,14 +315,20 @@ class Prompt(Message, frozen=True):
     tokens: bytes = b""
 
 
-class Tokens(Message, frozen=True):
-    """`count` tokens from position `index` of the request's output, straight to the gateway."""
+class Drawn(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """`count` tokens from position `index` of one request's output; `tokens` as in `Prompt`."""
 
     request_id: RequestId
     attempt: int
     index: int
     count: int
     tokens: bytes = b""
+
+
+class Tokens(Message, frozen=True):
+    """What one iteration (or run of them) drew for one gateway, straight from the worker."""
+
+    drawn: tuple[Drawn, ...]
 
 
 class Done(Message, frozen=True):
@@ -429,8 +435,12 @@ AnyMessage = (
 
 def bare(message: AnyMessage) -> AnyMessage:
     """The message as a node may see it: without token ids and addresses."""
-    if isinstance(message, (Prompt, Tokens)):
+    if isinstance(message, Prompt):
         return msgspec.structs.replace(message, tokens=b"")
+    if isinstance(message, Tokens):
+        return Tokens(
+            tuple(Drawn(d.request_id, d.attempt, d.index, d.count) for d in message.drawn)
+        )
     if isinstance(message, KvWant):
         return msgspec.structs.replace(message, address="")
     return message

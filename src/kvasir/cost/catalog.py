@@ -106,6 +106,15 @@ CATALOG: Final[Mapping[str, Config]] = {
         94, 4096, 64, 4, 12288, vocab=151936, context=40960, architecture="Qwen3MoeForCausalLM",
         head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
     ),
+    "gpt-oss-120b": _llama(  # every other layer sees 128 positions
+        36, 2880, 64, 8, 2880, vocab=201088, context=131072, architecture="GptOssForCausalLM",
+        head_dim=64, num_local_experts=128, num_experts_per_tok=4, sliding_window=128,
+        layer_types=("sliding_attention", "full_attention") * 18,
+    ),
+    "minimax-m2.5": _llama(
+        62, 3072, 48, 8, 1536, vocab=200064, context=196608, head_dim=128,
+        architecture="MiniMaxM2ForCausalLM", num_local_experts=256, num_experts_per_tok=8,
+    ),
     "deepseek-v2": _latent(
         60, 5120, 128, 102400, 163840, 160, 2, 6, 1536, 12288, "DeepseekV2ForCausalLM"
     ),

@@ -26,9 +26,9 @@ class Pieces(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Iterations that stay on one line: how many at most (None: all), from which context."""
+    """Iterations that stay on one line: how many at most (None: any), from which context."""
 
-    count: int | None
+    most: int | None
     context: int
     line: DecodeLine
 
@@ -72,7 +72,7 @@ class PiecewiseModel(StepModel):
         seconds, left = 0.0, k
         while left > 0:
             run = self._run(batch_size, context)
-            count = left if run.count is None else min(left, run.count)
+            count = left if run.most is None else min(left, run.most)
             seconds += _on_line(run.line, batch_size, context, count)
             context += batch_size * count
             left -= count
@@ -85,11 +85,11 @@ class PiecewiseModel(StepModel):
         first, k, left = context, 0, seconds
         while True:
             run = self._run(batch_size, context)
-            if run.count is not None:
-                whole = _on_line(run.line, batch_size, context, run.count)
+            if run.most is not None:
+                whole = _on_line(run.line, batch_size, context, run.most)
                 if whole <= left:
-                    k, left = k + run.count, left - whole
-                    context += batch_size * run.count
+                    k, left = k + run.most, left - whole
+                    context += batch_size * run.most
                     continue
             k += _inverse(run.line, batch_size, context, left)
             break

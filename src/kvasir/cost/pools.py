@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvasir.core.messages import Capacity
 from kvasir.core.specs import Deployment, PoolSpec
+from kvasir.core.specs.deployment import FittedCost
 from kvasir.cost.catalog import shape_of
+from kvasir.cost.measured import Measured
 from kvasir.cost.step import Fitted, Roofline, StepModel, kv_blocks
+from kvasir.cost.tables import SystemTables
+
+TablesOf = Callable[[str], SystemTables | None]
 
 
-def step_model(deployment: Deployment, pool: PoolSpec) -> StepModel:
-    """Fitted constants when the pool gives them, else the roofline of its hardware.
+def step_model(
+    deployment: Deployment, pool: PoolSpec, tables: TablesOf | None = None
+) -> StepModel:
+    """Fitted constants when the pool gives them, tables when it asks for them, else the roofline.
 
-    Raises ConfigError for an unknown shape.
+    `tables` finds the measured tables of a system; without it a pool that asks for them gets the
+    same operators from rooflines. Raises ConfigError for an unknown shape.
     """
-    if pool.cost is not None:
+    if isinstance(pool.cost, FittedCost):
         return Fitted(pool.cost)
-    shape = shape_of(deployment.model_of(pool))
-    return Roofline(shape, deployment.hardware_of(pool), pool.tp, pool.pp)
+    shape, hardware = shape_of(deployment.model_of(pool)), deployment.hardware_of(pool)
+    if pool.cost is None:
+        return Roofline(shape, hardware, pool.tp, pool.pp)
+    found = tables(pool.cost.system or pool.hardware) if tables is not None else None
+    return Measured(shape, hardware, pool.tp, pool.pp, pool.cost, found)
 
 
 def capacity_of(deployment: Deployment, pool: PoolSpec) -> Capacity:

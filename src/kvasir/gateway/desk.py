@@ -23,6 +23,7 @@ from kvasir.core.messages import (
     AnyMessage,
     Arrive,
     Done,
+    Drawn,
     EndReason,
     Hangup,
     Path,
@@ -81,7 +82,7 @@ class LiveDesk:
         self._observe = observe
         self._created = int(time.time())
         self._open: dict[RequestId, Open] = {}
-        self._incoming: Tokens | None = None
+        self._incoming: dict[RequestId, Drawn] = {}
         self.id: NodeId = node.gateway
         self.host = Host(
             self.id, node, bus, journal, arriving=self._arriving,
@@ -158,7 +159,7 @@ class LiveDesk:
 
     def _arriving(self, message: AnyMessage) -> None:
         if isinstance(message, Tokens):
-            self._incoming = message
+            self._incoming = {drawn.request_id: drawn for drawn in message.drawn}
         elif isinstance(message, Done):
             found = self._open.get(message.request_id)
             if found is not None:
@@ -178,8 +179,8 @@ class LiveDesk:
         if found is None or effect.end is not None:
             return  # the end is told by `Closed`, which knows more
         if effect.count:
-            incoming = self._incoming
-            assert incoming is not None and effect.first == len(found.emitted)
+            incoming = self._incoming[effect.request_id]
+            assert effect.first == len(found.emitted)
             new = array("I", incoming.tokens)[effect.first - incoming.index :]
             assert len(new) == effect.count
             found.emitted.extend(new)

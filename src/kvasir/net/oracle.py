@@ -8,6 +8,9 @@ requests or policy, and reads no clock: `now` is an argument.
 s: bytes per shard pair. B: what one pair gets on an idle network. n: own transfers in flight, the
 larger of those from this source over this tier and those to this destination (incast). c': measured
 utilisation of the tier less what own transfers put there, which n counts already.
+
+That is arm `tier`; `self` leaves c' out, `static` n too. Arm `path` takes the narrowest share over
+the links of the path instead, with n counted on each, and `exact_maxmin` solves the whole network.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import msgspec
 from kvasir.core.ids import WorkerId
 from kvasir.core.messages import Location, NetReading
 from kvasir.core.specs.topology import TIERS
+from kvasir.net.own import OwnFlows
 from kvasir.net.topology import NODE, Route, Topology
 
-Arm = Literal["static", "self", "tier"]
+Arm = Literal["static", "self", "tier", "path", "exact_maxmin"]
 Key = TypeVar("Key")
 UTILISATION_MAX = 0.95  # a saturated tier still moves: c near 1 is not "no bandwidth"
 RATIO_MIN, RATIO_MAX = 0.1, 10.0  # as Mooncake's transfer engine bounds its measured bandwidth
@@ -32,7 +36,8 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
     """Seconds of a transfer. [lo, hi] spans the arm's answer and what past transfers suggest.
 
     `source` says where the bandwidth came from: the arm's name, or `static(stale)` and
-    `static(unknown)` when `tier` had no usable reading.
+    `static(unknown)` when `tier` had no usable reading, `path(stale)` and `path(unknown)` when
+    `path` knew of own transfers alone.
     """
 
     seconds: float
@@ -51,6 +56,7 @@ class InFlight(msgspec.Struct):
 class _Pair(msgspec.Struct, frozen=True):
     """What is fixed between two workers: `byte_s` is seconds per byte of the whole bundle."""
 
+    route: Route
     tier: int
     latency_s: float
     byte_s: float
@@ -74,6 +80,7 @@ class Oracle:
         self._locations: dict[WorkerId, Location] = {}
         self._pairs: dict[tuple[WorkerId, WorkerId], _Pair] = {}
         self._transfers: dict[str, _Transfer] = {}
+        self._flows = OwnFlows(topology)
         self._from: dict[tuple[WorkerId, int], InFlight] = {}
         self._to: dict[tuple[WorkerId, bool], InFlight] = {}
         self._measured_at: float | None = None
@@ -117,6 +124,7 @@ class Oracle:
             return
         pair = self._pair(src, dst)
         self._transfers[transfer_id] = _Transfer(pair, src, dst, nbytes, now)
+        self._flows.add(transfer_id, pair.route)
         for counter in (
             self._from.setdefault(pair.from_key, InFlight()),
             self._to.setdefault(pair.to_key, InFlight()),
@@ -129,6 +137,7 @@ class Oracle:
         transfer = self._transfers.pop(transfer_id, None)
         if transfer is None:
             return
+        self._flows.remove(transfer_id)
         _less(self._from, transfer.pair.from_key, transfer.bytes)
         _less(self._to, transfer.pair.to_key, transfer.bytes)
 
@@ -192,25 +201,34 @@ class Oracle:
 
         Without a reading younger than `telemetry_ttl_s`, `tier` uses the static bandwidth and says
         so; its own share 1 / (1 + n) stays, since n is never stale. No bytes take the latency.
-        Raises KeyError for an unknown worker. O(1).
+        Raises KeyError for an unknown worker. O(1); `path` O(path length), `exact_maxmin` one solve.
         """
         pair = self._pair(src, dst)
         idle_s = nbytes * pair.byte_s
-        source: str = arm
-        if arm == "static":
-            seconds = pair.latency_s + idle_s
-        else:
-            crowd = 1 + self._crowd(pair)
-            free = 1.0
-            if arm == "tier":
-                free, source = self._free(pair.tier, now)
-            else:
-                assert arm == "self", f"no arm {arm!r}"
-            seconds = pair.latency_s + idle_s * crowd / free
+        moving_s, source = self._moving(pair, nbytes, now, arm) if nbytes else (0.0, arm)
+        seconds = pair.latency_s + moving_s
         if not nbytes:
             return Estimate(seconds, seconds, seconds, source)
         learned = (pair.latency_s + idle_s) * self._ratios[pair.tier]
         return Estimate(seconds, min(seconds, learned), max(seconds, learned), source)
+
+    def _moving(self, pair: _Pair, nbytes: int, now: float, arm: Arm) -> tuple[float, str]:
+        """Seconds after the latency, and where they come from."""
+        idle_s = nbytes * pair.byte_s
+        if arm == "static":
+            return idle_s, arm
+        if arm == "self":
+            return idle_s * (1 + self._crowd(pair)), arm
+        if arm == "tier":
+            free, source = self._free(pair.tier, now)
+            return idle_s * (1 + self._crowd(pair)) / free, source
+        if arm == "path":
+            state = self._telemetry(now)
+            others = () if state else self._others
+            rate = self._flows.bottleneck_rate(pair.route, others)
+            return nbytes / rate, f"path({state})" if state else arm
+        assert arm == "exact_maxmin", f"no arm {arm!r}"
+        return nbytes / self._flows.exact_rate(pair.route), arm
 
     def _crowd(self, pair: _Pair) -> int:
         out, into = self._from.get(pair.from_key), self._to.get(pair.to_key)
@@ -219,11 +237,16 @@ class Oracle:
     def _free(self, tier: int, now: float) -> tuple[float, str]:
         """The share of a tier that others leave, and where that is known from."""
         others = self._others[tier] if tier < len(self._others) else None
-        if others is None or self._measured_at is None:
+        if others is None:
             return 1.0, "static(unknown)"
-        if now - self._measured_at > self.topology.spec.telemetry_ttl_s:
-            return 1.0, "static(stale)"
-        return 1.0 - others, "tier"
+        state = self._telemetry(now)
+        return (1.0, f"static({state})") if state else (1.0 - others, "tier")
+
+    def _telemetry(self, now: float) -> str:
+        """What is wrong with the newest reading; "" when it can be used."""
+        if self._measured_at is None:
+            return "unknown"
+        return "stale" if now - self._measured_at > self.topology.spec.telemetry_ttl_s else ""
 
     def _pair(self, src: WorkerId, dst: WorkerId) -> _Pair:
         pair = self._pairs.get((src, dst))
@@ -231,6 +254,7 @@ class Oracle:
             route = self.topology.route(self._locations[src], self._locations[dst])
             rate = pair_bandwidth(self.topology, route) * route.multiplicity
             pair = _Pair(
+                route=route,
                 tier=route.tier,
                 latency_s=route.latency_s,
                 byte_s=1.0 / rate,
@@ -254,6 +278,7 @@ class Oracle:
                 counter.bytes += transfer.bytes
         assert self._from == outs, f"counted from sources {self._from}, in flight {outs}"
         assert self._to == ins, f"counted to destinations {self._to}, in flight {ins}"
+        self._flows.check(self._transfers)
         assert all(RATIO_MIN <= r <= RATIO_MAX for r in self._ratios), self._ratios
 
 

@@ -19,6 +19,7 @@ class Hold(msgspec.Struct):
     attempt: int
     blocks: int
     prefill_s: float = 0.0
+    prefill_tokens: int = 0  # not cached; zero once it is done
     context_tokens: int = 0  # KV tokens that it decodes over; 0: it does not decode here
     since: float = 0.0
 
@@ -28,11 +29,12 @@ class Member:
 
     __slots__ = (
         "blocks_reserved", "context_tokens", "cost", "decoding", "draining", "heard_at", "hello",
-        "holds", "load", "prefill_s", "resync_asked",
+        "holds", "load", "mixed", "prefill_s", "prefill_tokens", "prefilling", "resync_asked",
     )  # fmt: skip
 
     def __init__(self, hello: Hello, cost: StepModel, now: float) -> None:
         self.hello = hello
+        self.mixed = "mixed" in hello.roles
         self.cost = cost
         self.heard_at = now
         self.load: Load | None = None
@@ -40,6 +42,8 @@ class Member:
         self.resync_asked = False
         self.holds: dict[RequestId, Hold] = {}
         self.prefill_s = 0.0
+        self.prefill_tokens = 0
+        self.prefilling = 0
         self.decoding = 0
         self.context_tokens = 0
         self.blocks_reserved = 0
@@ -51,6 +55,10 @@ class Member:
     @property
     def incarnation(self) -> Incarnation:
         return self.hello.incarnation
+
+    @property
+    def requests(self) -> int:
+        return len(self.holds)
 
     @property
     def batch_max(self) -> int:
@@ -72,12 +80,14 @@ class Member:
         return line.base_s + line.per_context_s * context_tokens
 
     def may(self, role: str) -> bool:
-        return not self.draining and (role in self.hello.roles or "mixed" in self.hello.roles)
+        return not self.draining and (self.mixed or role in self.hello.roles)
 
     def hold(self, request_id: RequestId, hold: Hold) -> None:
         self.drop(request_id)
         self.holds[request_id] = hold
         self.prefill_s += hold.prefill_s
+        self.prefill_tokens += hold.prefill_tokens
+        self.prefilling += hold.prefill_tokens > 0
         self.blocks_reserved += hold.blocks
         if hold.context_tokens:
             self.decoding += 1
@@ -86,20 +96,25 @@ class Member:
     def prefilled(self, request_id: RequestId, attempt: int) -> None:
         hold = self.holds.get(request_id)
         if hold is not None and hold.attempt == attempt:
-            self.prefill_s -= hold.prefill_s
-            hold.prefill_s = 0.0
+            self._no_prefill(hold)
             self._settle()
 
     def drop(self, request_id: RequestId) -> None:
         hold = self.holds.pop(request_id, None)
         if hold is None:
             return
-        self.prefill_s -= hold.prefill_s
+        self._no_prefill(hold)
         self.blocks_reserved -= hold.blocks
         if hold.context_tokens:
             self.decoding -= 1
             self.context_tokens -= hold.context_tokens
         self._settle()
+
+    def _no_prefill(self, hold: Hold) -> None:
+        self.prefill_s -= hold.prefill_s
+        self.prefill_tokens -= hold.prefill_tokens
+        self.prefilling -= hold.prefill_tokens > 0
+        hold.prefill_s, hold.prefill_tokens = 0.0, 0
 
     def _settle(self) -> None:
         """Sums of floats drift; with nothing held the sum is zero."""
@@ -110,5 +125,7 @@ class Member:
         holds = self.holds.values()
         assert self.blocks_reserved == sum(h.blocks for h in holds)
         assert self.decoding == sum(h.context_tokens > 0 for h in holds)
+        assert self.prefill_tokens == sum(h.prefill_tokens for h in holds)
+        assert self.prefilling == sum(h.prefill_tokens > 0 for h in holds)
         assert self.context_tokens == sum(h.context_tokens for h in holds)
         assert abs(self.prefill_s - sum(h.prefill_s for h in holds)) < 1e-6

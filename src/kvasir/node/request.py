@@ -20,6 +20,7 @@ from kvasir.core.messages import (
     Arrive,
     Declined,
     Done,
+    Drawn,
     Ended,
     EndReason,
     GatewayBeat,
@@ -133,13 +134,17 @@ class Requests:
         life.prefill, life.decode = event.prefill, event.decode
 
     def _on_tokens(self, event: Tokens) -> None:
-        life = self._current(event.request_id, event.attempt)
-        if life is None:
-            return
-        if event.index > life.emitted:
+        for drawn in event.drawn:
+            life = self.lives.get(drawn.request_id)
+            if life is not None and life.attempt == drawn.attempt:
+                self._more(life, drawn)
+
+    def _more(self, life: Life, drawn: Drawn) -> None:
+        """The next tokens of one request; those that came before are dropped."""
+        if drawn.index > life.emitted:
             self._again(life, "tokens were lost on the way")
             return
-        new = event.index + event.count - life.emitted
+        new = drawn.index + drawn.count - life.emitted
         if new <= 0:
             return
         if life.first_at is None:
@@ -147,7 +152,7 @@ class Requests:
         elif life.second_at is None:
             life.second_at = self._now
         life.last_at = self._now
-        self._out.append(Reply(event.request_id, life.emitted, new))
+        self._out.append(Reply(drawn.request_id, life.emitted, new))
         life.emitted += new
 
     def _on_done(self, event: Done) -> None:

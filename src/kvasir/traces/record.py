@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 
 from kvasir.core.ids import BlockKey
@@ -41,6 +43,11 @@ class Trace(msgspec.Struct, frozen=True):
     def duration_s(self) -> float:
         """From the start to the last arrival."""
         return self.arrivals[-1].at_s if self.arrivals else 0.0
+
+    def digest(self) -> str:
+        """32 hex digits over all arrivals: equal iff the workload is."""
+        data = msgspec.msgpack.encode(self.arrivals)
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
 
     @property
     def input_tokens(self) -> int:

@@ -91,16 +91,42 @@ class PoolSpec(Spec):
 
 
 class RouteSpec(Spec):
-    """Which worker. Weights and switches of the route policies; a policy uses those it knows."""
+    """Which worker. Weights and switches of the route policies; a policy uses those it knows.
+
+    `balance_abs` requests and `balance_ratio`: a gap in load beyond which cache no longer counts
+    (SGLang, Preble). `prefix_ratio`: how much longer the best prefix must be to be fetched
+    (Mooncake). `cache_threshold` share of a prompt that makes a match (SGLang). `temperature` 0
+    takes the best (Dynamo). `queue_tokens_max` of a prompt queue (Splitwise). `hash_blocks` leading
+    blocks name a prompt, `load_bound` times the mean load is full (consistent hashing, sessions).
+    `fallback`: the policy behind `session`. `stay_weight`: what a second taken from sequences that
+    decode counts for (netkv_joint).
+    """
 
     name: str = "netkv"
     cache_weight: float = Field(default=1.0, ge=0)
     load_weight: float = Field(default=1.0, ge=0)
-    oracle: Literal["static", "self", "tier"] = "tier"
+    kv_weight: float = Field(default=1.0, ge=0)
+    balance_abs: int = Field(default=64, ge=0)
+    balance_ratio: float = Field(default=1.5, ge=1)
+    prefix_ratio: float = Field(default=1.5, ge=1)
+    cache_threshold: float = Field(default=0.3, ge=0, le=1)
+    temperature: float = Field(default=0.0, ge=0)
+    queue_tokens_max: int = Field(default=8192, gt=0)
+    hash_blocks: int = Field(default=4, gt=0)
+    load_bound: float = Field(default=1.25, ge=1)
+    fallback: str = "cache_load"
+    stay_weight: float = Field(default=1.0, ge=0)
+    oracle: Literal["static", "self", "tier", "path", "exact_maxmin"] = "tier"
     cost: Literal["serial", "overlap", "streamed"] = "serial"
     decode_choice: Literal["arrival", "prefill_end"] = "arrival"
     local_prefill_tokens: int = Field(default=0, ge=0)
     output_reserve_tokens: int = Field(default=512, ge=0)
+
+    @model_validator(mode="after")
+    def _falls_back(self) -> RouteSpec:
+        if self.fallback == "session":
+            raise ValueError("fallback: session cannot fall back to itself")
+        return self
 
 
 class BatchSpec(Spec):

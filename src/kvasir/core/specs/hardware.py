@@ -41,11 +41,11 @@ HARDWARE: Final[dict[str, HardwareSpec]] = {
             nvlink_bandwidth=450e9, nic_bandwidth=50e9, power_w=700,
         ),
         HardwareSpec(
-            name="h200", flops=989e12, memory_bytes=141 * 10**9, memory_bandwidth=4.8e12,
+            name="h200", flops=989e12, memory_bytes=141 * GIB, memory_bandwidth=4.8e12,
             nvlink_bandwidth=450e9, nic_bandwidth=50e9, power_w=700,
         ),
         HardwareSpec(
-            name="b200", flops=2250e12, memory_bytes=180 * 10**9, memory_bandwidth=8e12,
+            name="b200", flops=2250e12, memory_bytes=180 * GIB, memory_bandwidth=8e12,
             nvlink_bandwidth=900e9, nic_bandwidth=50e9, power_w=1000,
         ),
         HardwareSpec(

@@ -36,7 +36,10 @@ class LayerSpec(Spec):
 
 
 class ModelShape(Spec):
-    """Sizes of a decoder. `experts` 0 means dense; `intermediate` is per expert when it is not."""
+    """Sizes of a decoder. `experts` 0 means dense; `intermediate` is per expert when it is not.
+
+    With a `window`, `global_layers` of the layers see everything all the same.
+    """
 
     architecture: str = "llama"
     layers: int = Field(gt=0)
@@ -51,6 +54,7 @@ class ModelShape(Spec):
     max_context: int = Field(default=131072, gt=0)
     dtype: str = "bfloat16"
     window: int | None = None
+    global_layers: int = 0
     kv_latent: int = 0
     experts: int = 0
     experts_per_token: int = 0
@@ -114,7 +118,8 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe", "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3", "OPTForCausalLM": "opt", "BloomForCausalLM": "bloom",
     "FalconForCausalLM": "falcon", "GPT2LMHeadModel": "gpt2", "GemmaForCausalLM": "gemma",
-    "KimiK2ForCausalLM": "kimi_k2",
+    "KimiK2ForCausalLM": "kimi_k2", "GptOssForCausalLM": "gpt_oss",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
 }  # fmt: skip
 
 
@@ -160,6 +165,7 @@ def _from_hf(config: Mapping[str, Any], where: str) -> ModelShape:
         max_context=maybe("max_position_embeddings", "n_positions", "seq_length") or 2048,
         dtype=dtype if dtype in DTYPE_BYTES else "bfloat16",
         window=_window(text),
+        global_layers=_global_layers(text),
         kv_latent=_latent(text),
         experts=experts,
         experts_per_token=maybe("num_experts_per_tok"),
@@ -171,6 +177,12 @@ def _window(text: Mapping[str, Any]) -> int | None:
     window = text.get("sliding_window")
     in_use = text.get("use_sliding_window", True)
     return int(window) if window and in_use else None
+
+
+def _global_layers(text: Mapping[str, Any]) -> int:
+    """Layers that `layer_types` says attend to everything."""
+    kinds = text.get("layer_types")
+    return list(kinds).count("full_attention") if kinds and _window(text) else 0
 
 
 def _latent(text: Mapping[str, Any]) -> int:

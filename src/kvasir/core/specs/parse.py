@@ -97,6 +97,7 @@ def parse_deployment(
         raise source.error(problems[0], more=len(problems) - 1) from None
     known: dict[Path, Collection[str] | None] = {
         ("policy", "route", "name"): known_routes,
+        ("policy", "route", "fallback"): known_routes,
         ("policy", "batch", "name"): known_batches,
         ("policy", "admit"): known_admits,
         ("policy", "evict"): known_evicts,

@@ -18,6 +18,7 @@ from kvasir.core.ids import NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
     AnyMessage,
     Dispatch,
+    Drawn,
     KvWant,
     Prompt,
     Received,
@@ -179,12 +180,14 @@ class LiveWorker:
     # --- what the engine and the transport say (engine: on the loop; transport: on its thread) ----
 
     def _tokens(self, batch: Sequence[Sampled]) -> None:
+        by_gateway: dict[NodeId, list[Drawn]] = {}
         for one in batch:
             self._sampled.setdefault((one.request_id, one.attempt), []).append(one.token)
             tokens = array("I", (one.token,)).tobytes()
-            self._bus.tell(
-                self.id, one.gateway, Tokens(one.request_id, one.attempt, one.index, 1, tokens)
-            )
+            drawn = Drawn(one.request_id, one.attempt, one.index, 1, tokens)
+            by_gateway.setdefault(one.gateway, []).append(drawn)
+        for gateway, rows in by_gateway.items():
+            self._bus.tell(self.id, gateway, Tokens(tuple(rows)))
 
     def _step_done(self, done: StepDone) -> None:
         self.host.feed(done)

@@ -32,6 +32,7 @@ class Result(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
     deployment: str
     trace: str
+    trace_hash: str
 
     def to_json(self) -> bytes:
         """Canonical: equal inputs give equal bytes."""
@@ -42,6 +43,7 @@ class Result(msgspec.Struct, frozen=True):
             "counts": dict(sorted(self.counts.items())),
             "deployment": self.deployment,
             "trace": self.trace,
+            "trace_hash": self.trace_hash,
             "notes": list(self.notes),
             "version": __version__,
         }
@@ -126,4 +128,5 @@ def _result(world: SimWorld, deployment: Deployment, trace: Trace, seed: int) ->
         notes=trace.notes,
         deployment=deployment.name,
         trace=trace.name,
+        trace_hash=trace.digest(),
     )

@@ -19,6 +19,7 @@ from kvasir.core.messages import (
     AnyMessage,
     Arrive,
     Done,
+    Drawn,
     Hangup,
     Location,
     Message,
@@ -252,12 +253,13 @@ class SimWorld:
 
     def _emit_tokens(self, step: fx.Step, outcome: Outcome) -> None:
         first: dict[RequestId, int] = {}
+        drawn: list[Drawn] = []
         for row, done in zip(step.rows, outcome.rows, strict=True):
             if done.sampled:
                 first[row.request_id] = row.index
-                self.send(
-                    row.gateway, Tokens(row.request_id, row.attempt, row.index, done.sampled)
-                )
+                drawn.append(Drawn(row.request_id, row.attempt, row.index, done.sampled))
+        if drawn:
+            self.send(GATEWAY, Tokens(tuple(drawn)))
         self.recorder.step(outcome, first)
 
     def _cut(self, host: Host, effect: fx.Cut) -> None:

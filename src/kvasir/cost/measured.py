@@ -1,0 +1,242 @@
+"""How long one iteration takes, from measured kernels: a sum over a model's operators.
+
+Knows shapes, how they are divided (TP, PP, EP, copied attention), and a few constants of the engine
+around the kernels. Must not know requests, queues, policy, or where tables come from.
+
+    iteration = dense(m) + experts(M) + head(rows) + attention + engine
+
+m is the tokens on the busiest attention rank, M those of all ranks. All but attention depends on
+counts of tokens alone and is tabulated once; decode attention is made piecewise linear in the total
+context, with its joints at the measured context lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from kvasir.core.specs.deployment import MeasuredCost
+from kvasir.core.specs.hardware import HardwareSpec
+from kvasir.core.specs.model import ModelShape
+from kvasir.cost.curve import Pieces, PiecewiseModel
+from kvasir.cost.operators import (
+    CONTEXTS,
+    FORMAT_BYTES,
+    TOKENS,
+    Experts,
+    Heads,
+    Operators,
+    Seconds,
+)  # fmt: skip
+from kvasir.cost.step import DecodeLine, Row
+from kvasir.cost.tables import Curve, Part, SystemTables
+
+HOP_S: Final = 10e-6  # one stage-to-stage send
+HEAD_FORMAT: Final = "bfloat16"  # engines keep the output head unquantised
+
+
+class Engine(NamedTuple):
+    """What an engine adds to its kernels. Fitted on whole servers by `bench/accuracy.py`."""
+
+    step_s: float = 0.8e-3  # an iteration's own: scheduling, sampling, hand-over to the host
+    row_s: float = 8e-6  # a sequence in it
+    layer_s: float = 10e-6  # small kernels of a layer: norms, rotary, cache write, activation
+    kernel: float = 1.0  # kernels in a server against the same ones measured alone
+    eager_layer_s: float = 0.0  # least time to launch a layer of a step that is not captured
+    distribution: str = "power_law_1.2"  # of tokens over experts
+
+
+class Measured(PiecewiseModel):
+    """Step time from tables; `parts` says how each operator's time is found.
+
+    With `tables` None, or where they have no answer, a roofline of `hardware` stands in.
+    """
+
+    def __init__(
+        self, shape: ModelShape, hardware: HardwareSpec, tp: int, pp: int, cost: MeasuredCost,
+        tables: SystemTables | None, engine: Engine | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert tp % cost.dp == 0, f"dp {cost.dp} does not divide tp {tp}"
+        self._shape, self._cost, self._engine = shape, cost, engine or Engine()
+        self._dp, self._pp = cost.dp, pp
+        self._ranks, self._gpus = tp // cost.dp, tp
+        self._ops = Operators(tables, hardware)
+        self._hop_token_s = shape.hidden * 2 / hardware.nvlink_bandwidth
+        self._full = shape.global_layers if shape.window else shape.layers
+        self._windowed = shape.layers - self._full
+        self._dense = self._dense_curve()
+        self._experts = self._experts_curve() if shape.experts else None
+        self._head = self._tabulate(self._head_gemm())
+        self._prefill = [
+            (n, self._ops.attention("prefill attention", "prefill_attention", heads))
+            for n, heads in self._heads()
+        ]
+        self._decode = [
+            (n, self._ops.attention("decode attention", "decode_attention", heads))
+            for n, heads in self._heads()
+        ]
+        self._fixed: dict[tuple[int, int, int], float] = {}
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Each operator and how its time is found."""
+        return tuple(self._ops.parts)
+
+    # --- an iteration -----------------------------------------------------------------------------
+
+    def batch(self, rows: Sequence[Row]) -> float:
+        """As `StepModel.batch`."""
+        assert rows, "a batch without rows"
+        decoding = context = tokens = prefills = length = pairs = 0
+        for new, before in rows:
+            if new == 1:
+                decoding += 1
+                context += before + 1
+            else:
+                prefills += 1
+                tokens += new
+                length += before + new
+                pairs += new * before + new * (new + 1) // 2
+        if not prefills:
+            return self.iteration_seconds(decoding, context)
+        busiest = -(-tokens // self._dp) if prefills >= self._dp else tokens // prefills
+        on_rank = busiest + -(-decoding // self._dp)
+        seconds = self._tokens_s(on_rank, tokens + decoding, len(rows))
+        seconds += self._prefill_s(prefills, tokens, length, pairs)
+        if decoding:
+            seconds += self._attention_s(decoding, context)
+        least = self._shape.layers * self._engine.eager_layer_s
+        return max(seconds, least) + self._host_s(len(rows))
+
+    def _host_s(self, rows: int) -> float:
+        return self._engine.step_s + self._engine.row_s * rows
+
+    def _tokens_s(self, on_rank: int, everywhere: int, rows: int) -> float:
+        """All that depends on counts alone."""
+        key = (on_rank, everywhere, rows)
+        found = self._fixed.get(key)
+        if found is None:
+            found = self._dense(on_rank) + self._head(-(-rows // self._dp))
+            if self._experts is not None:
+                found += self._experts(everywhere)
+            found *= self._engine.kernel
+            found += self._shape.layers * self._engine.layer_s
+            found += (self._pp - 1) * (HOP_S + self._hop_token_s * on_rank)
+            if len(self._fixed) < FIXED_MAX:
+                self._fixed[key] = found
+        return found
+
+    def _prefill_s(self, rows: int, tokens: int, length: int, pairs: int) -> float:
+        """Attention of `rows` prompts, taken as alike; what stands already is not computed again.
+
+        The causal triangle over the whole length less the one that stands: a share of its pairs.
+        """
+        here = -(-rows // self._dp)
+        whole, new = length / rows, tokens / rows
+        share = pairs / rows / (whole * (whole + 1) / 2)
+        seconds = 0.0
+        for layers, attention in self._prefill:
+            one = attention(here, new)
+            if share < 1 and attention is self._prefill[0][1]:
+                one = max(one, attention(here, whole) * share)
+            seconds += layers * one
+        return seconds * self._engine.kernel
+
+    def _attention_s(self, batch_size: int, context: int) -> float:
+        """Decode attention among other rows: the lines of the batch less what is not attention."""
+        alone = self._tokens_s(-(-batch_size // self._dp), batch_size, batch_size)
+        return self.iteration_seconds(batch_size, context) - alone - self._host_s(batch_size)
+
+    def _pieces(self, batch_size: int) -> Pieces:
+        here = -(-batch_size // self._dp)
+        fixed = self._tokens_s(here, batch_size, batch_size) + self._host_s(batch_size)
+        knots, times, most = [], [], 0.0
+        for context in CONTEXTS:
+            most = max(most, sum(n * a(here, context) for n, a in self._decode))
+            knots.append(float(batch_size * context))
+            times.append(fixed + most * self._engine.kernel)
+        starts, lines = [0.0], [DecodeLine(times[0], 0.0)]
+        for i in range(1, len(knots)):
+            slope = (times[i] - times[i - 1]) / (knots[i] - knots[i - 1])
+            starts.append(knots[i - 1])
+            lines.append(DecodeLine(times[i - 1] - slope * knots[i - 1], slope))
+        return Pieces(tuple(starts), tuple(lines))
+
+    # --- a model's operators ----------------------------------------------------------------------
+
+    def _heads(self) -> list[tuple[int, Heads]]:
+        """Layers of each kind of attention; those that see everything first."""
+        s = self._shape
+        kv_heads = max(1, s.kv_heads // self._ranks)
+        one = Heads(self._cost.kv, -(-s.heads // self._ranks), kv_heads, s.head_dim, 0)
+        kinds = [(self._full, one), (self._windowed, one._replace(window=s.window or 0))]
+        return [(layers, heads) for layers, heads in kinds if layers]
+
+    def _tabulate(self, *parts: tuple[float, Seconds]) -> Curve:
+        """A curve of the sum of times that each happen some number of times."""
+        return Curve([(float(m), sum(n * f(m) for n, f in parts)) for m in KNOTS])
+
+    def _dense_curve(self) -> Curve:
+        """Projections, dense MLP, their all-reduces and what moves between them."""
+        s, ops, form, ranks = self._shape, self._ops, self._cost.gemm, self._ranks
+        q, kv = s.heads * s.head_dim // ranks, max(1, s.kv_heads // ranks) * s.head_dim
+        parts: list[tuple[float, Seconds]] = [
+            (s.layers, ops.gemm("qkv", q + 2 * kv, s.hidden, form)),
+            (s.layers, ops.gemm("o", s.hidden, q, form)),
+        ]
+        inner = s.intermediate if not s.experts else s.shared_expert_intermediate
+        inner = -(-inner // ranks)
+        if inner:
+            up = 2 * inner if s.gated_mlp else inner
+            parts.append((s.layers, ops.gemm("gate and up", up, s.hidden, form)))
+            parts.append((s.layers, ops.gemm("down", s.hidden, inner, form)))
+        if s.experts:
+            parts.append((s.layers, ops.gemm("router", s.experts, s.hidden, "bfloat16")))
+        if ranks > 1:
+            reduces = s.layers * (2 if self._dp == 1 else 1)
+            parts.append((reduces, ops.collective("all-reduce", "all_reduce", ranks, s.hidden)))
+        moved = 20 * s.hidden + 6 * (q + 2 * kv) + 6 * inner
+        if form != "bfloat16":
+            moved += 3 * (2 * s.hidden + q + inner)
+        token_s = ops.traffic(moved)
+        parts.append((s.layers, lambda m: token_s * m))
+        return self._tabulate(*parts)
+
+    def _experts_curve(self) -> Curve:
+        s, cost, ops = self._shape, self._cost, self._ops
+        shape = Experts(cost.moe or cost.gemm, s.hidden, s.intermediate, s.experts_per_token,
+                        s.experts, self._gpus // cost.ep, cost.ep)  # fmt: skip
+        parts = [(float(s.layers), ops.experts("experts", shape, self._engine.distribution))]
+        if self._dp > 1:
+            for name, op in (("gather", "all_gather"), ("scatter", "reduce_scatter")):
+                parts.append((s.layers, ops.collective(name, op, self._gpus, s.hidden)))
+        return self._tabulate(*parts)
+
+    def _head_gemm(self) -> tuple[float, Seconds]:
+        s = self._shape
+        return 1.0, self._ops.gemm("head", -(-s.vocab // self._ranks), s.hidden, HEAD_FORMAT)
+
+
+def weight_bytes(shape: ModelShape, cost: MeasuredCost, tp: int) -> int:
+    """Bytes of weights on the fullest accelerator, pipeline stages not counted."""
+    ranks = tp // cost.dp
+    dense = shape.attention_weights / ranks
+    matrices = 3 if shape.gated_mlp else 2
+    expert = 0.0
+    if shape.experts:
+        dense += matrices * shape.hidden * shape.shared_expert_intermediate / ranks
+        expert = shape.experts * matrices * shape.hidden * shape.intermediate / tp
+    else:
+        dense += shape.mlp_weights(active=False) / ranks
+    ends = (1 if shape.tied_embeddings else 2) * shape.vocab * shape.hidden / ranks
+    nbytes = shape.layers * dense * FORMAT_BYTES[cost.gemm] + ends * 2
+    return math.ceil(nbytes + shape.layers * expert * FORMAT_BYTES[cost.moe or cost.gemm])
+
+
+KNOTS: Final = tuple(sorted({
+    *TOKENS, *range(1, 17), *(48, 80, 96, 112, 160, 192, 224, 320, 384, 768, 1536, 3072, 6144),
+    17, 33, 49, 65, 97, 129, 257, 513, 769, 1025, 12288, 20480,
+}))  # fmt: skip
+FIXED_MAX: Final = 200_000

@@ -1,0 +1,188 @@
+"""Times of single operators on one accelerator: from measured tables, else from a roofline.
+
+Knows operators and their sizes. Must not know models or batches. Each look-up says how it was
+found (`Part`), the worst of its sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from kvasir.core.specs.hardware import HardwareSpec
+from kvasir.cost.tables import Curve, Key, Part, Source, SystemTables
+
+# Bytes of a weight, scales included, and flops against those of bfloat16 where hardware has them.
+FORMAT_BYTES: Final = {
+    "bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625, "int4_wo": 0.53,
+    "w4a16_mxfp4": 0.53, "w4a8_mxfp4_mxfp8": 0.53,
+}  # fmt: skip
+FORMAT_FLOPS: Final = {"fp8": 2.0, "fp8_block": 2.0, "nvfp4": 4.0}
+TOKENS: Final = tuple(2**i for i in range(16))
+CONTEXTS: Final = (1, *(2**i for i in range(1, 18)))
+Seconds = Callable[[float], float]
+
+
+class Heads(NamedTuple):
+    """Attention of one layer on one accelerator. `window` 0: none."""
+
+    kv_format: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+
+
+class Experts(NamedTuple):
+    """One layer's experts: `tp` accelerators share an expert, `ep` divide them up."""
+
+    format: str
+    hidden: int
+    intermediate: int
+    per_token: int
+    experts: int
+    tp: int
+    ep: int
+
+
+class Attention:
+    """Seconds over batch size and length, from curves at some batch sizes."""
+
+    def __init__(self, curves: list[tuple[int, Curve]], scale: float = 1.0) -> None:
+        self._curves = curves
+        self._scale = scale
+
+    def __call__(self, batch: float, length: float) -> float:
+        """Log-linear in the batch size between curves; beyond the last in proportion."""
+        curves = self._curves
+        at = 0
+        while at < len(curves) and curves[at][0] < batch:
+            at += 1
+        if at == len(curves):
+            size, curve = curves[-1]
+            return curve(length) * batch / size * self._scale
+        size, curve = curves[at]
+        if at == 0 or size == batch:
+            return curve(length) * self._scale
+        below, under = curves[at - 1]
+        share = math.log(batch / below) / math.log(size / below)
+        low, high = math.log(under(length)), math.log(curve(length))
+        return math.exp(low + share * (high - low)) * self._scale
+
+    def source(self, batch: float, length: float) -> Source:
+        sizes = [size for size, _ in self._curves]
+        for size, curve in self._curves:
+            if size == batch:
+                return curve.source(length)
+        return Source.OUTSIDE if batch > sizes[-1] else Source.INTERPOLATED
+
+
+class Operators:
+    """Look-ups for one system, remembering in `parts` how each operator was found."""
+
+    def __init__(self, tables: SystemTables | None, hardware: HardwareSpec) -> None:
+        self._tables = tables
+        self._flop_s = 1.0 / (hardware.flops * hardware.flops_efficiency)
+        self._byte_s = 1.0 / (hardware.memory_bandwidth * hardware.bandwidth_efficiency)
+        self._link_byte_s = 1.0 / hardware.nvlink_bandwidth
+        self.parts: list[Part] = []
+
+    def gemm(self, name: str, n: int, k: int, form: str) -> Seconds:
+        """Seconds over m of one m x k by k x n product.
+
+        Block-scaled fp8 was measured kernel by kernel, and at few rows shows the time to launch it.
+        Within a captured graph that vanishes and both fp8 kinds read the same bytes, so it is taken
+        as at most BLOCK_SCALED times plain fp8.
+        """
+        found = self._tables.gemm(form, n, k) if self._tables is not None else None
+        if found is None:
+            self.parts.append(Part(name, Source.ROOFLINE))
+            return self._gemm_roofline(n, k, form)
+        self.parts.append(Part(name, found.source))
+        plain = self._tables.gemm("fp8", n, k) if self._tables and form == "fp8_block" else None
+        if plain is None:
+            return found.curve
+        block, whole = found.curve, plain.curve
+        return lambda m: min(block(m), BLOCK_SCALED * whole(m))
+
+    def _gemm_roofline(self, n: int, k: int, form: str) -> Seconds:
+        flop_s = 2 * n * k * self._flop_s / FORMAT_FLOPS.get(form, 1.0)
+        read_s = n * k * FORMAT_BYTES[form] * self._byte_s
+        return lambda m: max(flop_s * m, read_s)
+
+    def attention(self, name: str, op: str, shape: Heads) -> Attention:
+        """`op`: `prefill_attention` over prompt lengths or `decode_attention` over contexts."""
+        if self._tables is not None:
+            curves = self._tables.by_batch(op, tuple(shape))
+            if curves:
+                self.parts.append(Part(name, Source.MEASURED))
+                return Attention(curves)
+            near = self._nearest_heads(op, shape)
+            if near is not None:
+                self.parts.append(Part(name, Source.INTERPOLATED))
+                scale = shape.heads / int(near[1]) if op == "prefill_attention" else 1.0
+                return Attention(self._tables.by_batch(op, near), scale)
+        self.parts.append(Part(name, Source.ROOFLINE))
+        return self._attention_roofline(op, shape)
+
+    def _nearest_heads(self, op: str, shape: Heads) -> Key | None:
+        """Measured with as many KV heads and nearly as many heads, at most twice or half."""
+        assert self._tables is not None
+        want = (shape.kv_format, *shape[2:])
+        same = [k for k in self._tables.keys(op) if (k[0], *k[2:]) == want]
+        near = min(same, key=lambda k: abs(math.log(int(k[1]) / shape.heads)), default=None)
+        if near is None or not 0.5 <= int(near[1]) / shape.heads <= 2:
+            return None
+        return near
+
+    def _attention_roofline(self, op: str, shape: Heads) -> Attention:
+        pair_s = 4 * shape.heads * shape.head_dim * self._flop_s
+        width = FORMAT_BYTES[shape.kv_format]
+        read_s = 2 * shape.kv_heads * shape.head_dim * width * self._byte_s
+
+        def seconds(length: int) -> float:
+            seen = min(length, shape.window) if shape.window else length
+            if op == "decode_attention":
+                return max(pair_s, read_s) * seen
+            return max(pair_s * (length - seen / 2) * seen, read_s * length)
+
+        return Attention([(1, Curve([(float(n), seconds(n)) for n in CONTEXTS]))])
+
+    def experts(self, name: str, shape: Experts, distribution: str) -> Seconds:
+        """Seconds over tokens (of all ranks) of one layer's experts, routing included."""
+        if self._tables is not None:
+            curve = self._tables.curve("moe", (*shape, distribution))
+            if curve is not None:
+                self.parts.append(Part(name, Source.MEASURED))
+                return curve
+        self.parts.append(Part(name, Source.ROOFLINE))
+        return self._experts_roofline(shape)
+
+    def _experts_roofline(self, shape: Experts) -> Seconds:
+        weights = 3 * shape.hidden * shape.intermediate / shape.tp
+        flop_s = 2 * weights * shape.per_token / shape.ep * self._flop_s
+        flop_s /= FORMAT_FLOPS.get(shape.format, 1.0)
+        read_s = weights * FORMAT_BYTES[shape.format] * self._byte_s
+        here, missed = shape.experts / shape.ep, 1 - shape.per_token / shape.experts
+        return lambda m: max(flop_s * m, read_s * here * (1 - missed**m))
+
+    def collective(self, name: str, op: str, ranks: int, token_elements: int) -> Seconds:
+        """Seconds over tokens of `all_reduce`, `all_gather` or `reduce_scatter` of bfloat16."""
+        curve = self._tables.curve(op, (ranks,)) if self._tables is not None else None
+        if curve is None:
+            self.parts.append(Part(name, Source.ROOFLINE))
+            sides = 2 if op == "all_reduce" else 1
+            token_s = sides * (ranks - 1) / ranks * token_elements * 2 * self._link_byte_s
+            return lambda m: COLLECTIVE_S + token_s * m
+        self.parts.append(Part(name, Source.MEASURED))
+        found = curve
+        return lambda m: found(m * token_elements)
+
+    def traffic(self, nbytes: float) -> float:
+        """Seconds to read or write bytes of memory."""
+        return nbytes * self._byte_s
+
+
+BLOCK_SCALED: Final = 1.25
+COLLECTIVE_S: Final = 10e-6
