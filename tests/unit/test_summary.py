@@ -185,7 +185,7 @@ def test_an_slo_on_itl_counts_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first_token", "other_s"), [("decode", 0.05), ("", 0.05), ("prefill", 0.25)]
+    ("first_token", "other_s"), [("decode", 0.05), ("", 0.05), ("prefill", 0.3)]
 )
 def test_split_adds_up_to_ttft(first_token: str, other_s: float) -> None:
     parts: dict[str, Any] = {"queue_s": 0.1, "prefill_s": 0.2, "first_step_s": 0.05}

@@ -28,6 +28,8 @@ def simulate(
     seed: int | None = None,
     json: JsonTo = None,
     record: Path | None = None,
+    html: Path | None = None,
+    timeline: Path | None = None,
     limit: Positive = None,
 ) -> None:
     """Run a deployment on a workload in virtual time and print what users would see.
@@ -46,6 +48,10 @@ def simulate(
         File for the result, or - for stdout.
     record
         Folder for a recording that `kvasir verify` re-runs.
+    html
+        File for a report: one page that needs nothing else.
+    timeline
+        File for a timeline as Chrome trace JSON, for Perfetto; needs --record.
     limit
         Only the first requests of the workload.
     """
@@ -53,8 +59,11 @@ def simulate(
 
     from kvasir.cli.output import progress, say, unique, write_json
     from kvasir.cli.overrides import with_policy
+    from kvasir.core.errors import ConfigError
     from kvasir.measure.tables import table
 
+    if timeline is not None and record is None:
+        raise ConfigError("--timeline needs a recording", next_step="add --record DIR")
     spec = with_policy(load(deployment), policy)
     seed = spec.seed if seed is None else seed
     arrivals = workload_of(spec, trace, limit, seed)
@@ -67,6 +76,14 @@ def simulate(
     notes = unique((*arrivals.notes, *result.summary.notes, *result.notes))
     say(table(replace(result.summary, notes=notes)), json)
     write_json(json, result.to_json())
+    if html is not None:
+        from kvasir.measure.html import page
+
+        html.write_text(page(spec.name, result.summary, result.outcomes, notes), encoding="utf-8")
+    if timeline is not None and record is not None:
+        from kvasir.runtime.timeline import timeline as drawn
+
+        timeline.write_bytes(drawn(record))
 
 
 def load(deployment: str | None) -> Deployment:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -26,12 +26,15 @@ ERRORS_MAX: Final = 10
 class RequestOutcome(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """What became of one request. Seconds and tokens; None is unknown, or does not apply.
 
-    `start_s` is when it was sent, on any clock that all outcomes share. Without `tpot_s` the times
-    and `output_tokens` give it. `transfer_s` is part of the
-    TTFT when the decode side makes the first token; otherwise it shows in `second_token_delay_s`.
+    `why` is the router's word on where it ran. `start_s` is when it was sent, on any clock that all
+    outcomes share. Without `tpot_s` the times and `output_tokens` give it. `transfer_s` is part of
+    the TTFT when the decode side makes the first token; otherwise it shows in
+    `second_token_delay_s`.
     """
 
     ok: bool
+    request_id: str = ""
+    why: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
@@ -177,17 +180,34 @@ def summarise(
     )
 
 
+def good(outcome: RequestOutcome, slo: SloSpec | Slo | SloReport) -> bool:
+    """Whether a request that ended well met all limits jointly. The one definition of goodput."""
+    return all(_met(outcome, slo))
+
+
+class _Met(NamedTuple):
+    ttft: bool
+    tpot: bool
+    itl: bool
+
+
+def _met(o: RequestOutcome, slo: SloSpec | Slo | SloReport) -> _Met:
+    return _Met(
+        o.ttft_s <= slo.ttft_s,
+        (_tpot(o) or 0.0) <= slo.tpot_s,  # one token meets any TPOT
+        slo.itl_p99_s is None or _itl_p99(o) <= slo.itl_p99_s,
+    )
+
+
 def _slo_report(done: Sequence[RequestOutcome], total: int, slo: SloSpec | Slo) -> SloReport:
-    ttft_met = [o.ttft_s <= slo.ttft_s for o in done]
-    tpot_met = [(_tpot(o) or 0.0) <= slo.tpot_s for o in done]  # one token meets any TPOT
-    itl_met = [slo.itl_p99_s is None or _itl_p99(o) <= slo.itl_p99_s for o in done]
+    met = [_met(o, slo) for o in done]
     return SloReport(
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
         itl_p99_s=slo.itl_p99_s,
-        good=sum(map(all, zip(ttft_met, tpot_met, itl_met, strict=True))),
-        ttft_met=sum(ttft_met),
-        tpot_met=sum(tpot_met),
+        good=sum(map(all, met)),
+        ttft_met=sum(m.ttft for m in met),
+        tpot_met=sum(m.tpot for m in met),
         total=total,
     )
 

@@ -5,7 +5,7 @@ Listens at the gateway, where users would measure. Decides nothing.
 
 from __future__ import annotations
 
-from kvasir.core.events import AnyEvent, Closed, Preempted, Recomputed, Retried
+from kvasir.core.events import AnyEvent, Closed, Preempted, Recomputed, Retried, Routed
 from kvasir.core.ids import RequestId
 from kvasir.core.messages import Done, Report, RowDone
 from kvasir.measure.itl import ItlRuns
@@ -25,6 +25,7 @@ class Recorder:
         self._last_token: dict[RequestId, float] = {}
         self._second_delay: dict[RequestId, float] = {}
         self._reports: dict[RequestId, Report] = {}
+        self._why: dict[RequestId, str] = {}
 
     def step(self, outcome: Outcome, first: dict[RequestId, int]) -> None:
         """Token times of a step. `first`: output index of each sampling row's first token.
@@ -81,6 +82,9 @@ class Recorder:
         self.counts[name] = self.counts.get(name, 0) + 1
         if isinstance(event, Closed):
             self._closed(now, event)
+        elif isinstance(event, Routed):
+            where = f"{event.prefill} -> {event.decode}" if event.decode else event.prefill
+            self._why[event.request_id] = f"{where}: {event.why}"
         elif isinstance(event, (Recomputed, Preempted)):
             key = f"{name}.tokens"
             self.counts[key] = self.counts.get(key, 0) + event.tokens
@@ -101,6 +105,8 @@ class Recorder:
         self.outcomes.append(
             RequestOutcome(
                 ok=ok,
+                request_id=event.request_id,
+                why=self._why.pop(event.request_id, ""),
                 prompt_tokens=event.prompt_tokens,
                 output_tokens=event.output_tokens,
                 cached_tokens=event.cached_tokens,

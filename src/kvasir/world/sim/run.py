@@ -12,7 +12,7 @@ from kvasir import __version__
 from kvasir.core.errors import ConfigError
 from kvasir.core.specs import Deployment
 from kvasir.measure.results import canonical, result
-from kvasir.measure.summary import Summary, summarise
+from kvasir.measure.summary import RequestOutcome, Summary, summarise
 from kvasir.traces.record import Trace
 from kvasir.world.journal import Journal
 from kvasir.world.sim.faults import Faults, FaultSpec
@@ -33,9 +33,10 @@ class Result(msgspec.Struct, frozen=True):
     deployment: str
     trace: str
     trace_hash: str
+    outcomes: tuple[RequestOutcome, ...] = ()
 
     def to_json(self) -> bytes:
-        """Canonical: equal inputs give equal bytes."""
+        """Canonical: equal inputs give equal bytes. Single outcomes are left out."""
         own: dict[str, Any] = {
             "policy": self.policy,
             "seed": self.seed,
@@ -129,4 +130,5 @@ def _result(world: SimWorld, deployment: Deployment, trace: Trace, seed: int) ->
         deployment=deployment.name,
         trace=trace.name,
         trace_hash=trace.digest(),
+        outcomes=tuple(recorder.outcomes),
     )
