@@ -381,11 +381,12 @@ class RowDone(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepDone(Message, frozen=True):
-    """`rows` in the order of the Step's rows."""
+    """`rows` in the order of the Step's rows; `first_s` is how long the first iteration took."""
 
     step: StepId
     steps_done: int
     rows: tuple[RowDone, ...]
+    first_s: float = 0.0
 
 
 class Received(Message, frozen=True):

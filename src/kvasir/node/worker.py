@@ -388,7 +388,8 @@ class Worker:
         while self.running or self.waiting:
             plan = self._decide(Window(self))
             chosen = [(w, c) for w, c in zip(self.running, plan.counts, strict=True) if c]
-            entering = self.waiting[: len(plan.admitted)]
+            order = plan.order or range(len(plan.admitted))
+            entering = [self.waiting[i] for i in order]
             for work in [self.running[i] for i in plan.preempted]:
                 self._preempt(work)
             if chosen or entering:
@@ -404,7 +405,8 @@ class Worker:
             if self.blocks.grow(work, work.computed + count + plan.steps - 1):
                 works.append(work)
                 rows.append(self._row(work, count, step_id))
-        del self.waiting[: len(entering)]
+        for work in entering:
+            self.waiting.remove(work)
         for work, count in zip(entering, plan.admitted, strict=True):
             self._enter(work)
             works.append(work)
@@ -471,7 +473,7 @@ class Worker:
             if work.dead:
                 self._bury(work)
             else:
-                self._advance(work, row, done, event.steps_done)
+                self._advance(work, row, done, event)
 
     def _measure(self, step: Step, steps_done: int) -> None:
         if all(row.count == 1 for row in step.rows) and steps_done:
@@ -481,16 +483,17 @@ class Worker:
                 sample if old is None else old + ITERATION_WEIGHT * (sample - old)
             )
 
-    def _advance(self, work: Work, row: Row, done: RowDone, steps_done: int) -> None:
-        added = row.count + steps_done - 1
+    def _advance(self, work: Work, row: Row, done: RowDone, event: StepDone) -> None:
+        added = row.count + event.steps_done - 1
         work.computed += added
         work.computed_here += added
         work.known += done.sampled
         work.out += done.sampled
         work.keys.extend(done.keys)
-        self.blocks.commit(work)
-        if work.phase == "decode" and work.fresh and not work.preemptions:
-            work.first_step_s = self._now - (work.started_at or self._now)
+        if work.committed < len(work.keys):
+            self.blocks.commit(work)
+        if work.fresh and work.phase == "decode" and not work.preemptions:
+            work.first_step_s = event.first_s
         work.fresh = False
         if work.prefill is None and work.computed >= work.dispatch.input_tokens:
             self._prefilled(work, ended=bool(done.end))

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
+LPM_WAITING_MAX: Final = 128  # beyond it SGLang no longer matches every waiting prompt
+
 
 class WorkView(Protocol):
     """One sequence. `known` tokens exist (input and generated), KV of `computed` of them stands in
-    `blocks_held` blocks. `output_left` tokens may still be drawn; `fresh` until its first step."""
+    `blocks_held` blocks. `output_left` tokens may still be drawn."""
 
     @property
     def computed(self) -> int: ...
@@ -24,8 +26,6 @@ class WorkView(Protocol):
     def blocks_held(self) -> int: ...
     @property
     def output_left(self) -> int: ...
-    @property
-    def fresh(self) -> bool: ...
 
 
 class BatchView(Protocol):
@@ -59,26 +59,44 @@ class Admission(NamedTuple):
 
 class Batch(NamedTuple):
     """`counts[i]` new tokens for the i-th running sequence (0: it sits this step out);
-    `admitted[j]` for the j-th waiting one. `preempted` are indices into running. An empty batch
-    with nothing preempted means that nothing can run."""
+    `admitted[j]` for the j-th waiting one, or for the one at index `order[j]` where an order is
+    given. `preempted` are indices into running. An empty batch with nothing preempted means that
+    nothing can run."""
 
     counts: tuple[int, ...]
     admitted: tuple[int, ...]
     preempted: tuple[int, ...]
     steps: int
+    order: tuple[int, ...] = ()
 
 
 def token_budget(view: BatchView) -> Batch:
     """Fill the budget: running first, then waiting in order, first come first served."""
+    return _fill(view, ())
+
+
+def lpm(view: BatchView) -> Batch:
+    """Running first, then waiting ones by longest cached prefix (SGLang's schedule policy `lpm`,
+    arXiv 2312.07104); first come first served when over 128 wait, as there. Equal prefixes keep
+    their order. Its deferral of prompts that share a prefix with another waiting one is left out:
+    a view has no keys. A short prefix can starve under load: nobody ages."""
+    count = len(view.waiting)
+    if not 1 < count <= LPM_WAITING_MAX:
+        return _fill(view, ())
+    by_prefix = sorted(range(count), key=lambda i: -view.admission(i).cached_tokens)
+    return _fill(view, tuple(by_prefix))
+
+
+def _fill(view: BatchView, order: tuple[int, ...]) -> Batch:
     counts, preempted, blocks, budget = _run(view)
     decoding = [w for w, c in zip(view.running, counts, strict=True) if c]
     plain = all(w.known - w.computed == 1 and w.output_left > 0 for w in decoding)
     room = view.batch_max - len(decoding)
-    admitted = () if preempted else _admit(view, budget, blocks, room)
+    admitted = () if preempted else _admit(view, budget, blocks, room, order)
     steps = 1
     if plain and decoding and not admitted:
         steps = _steps(view, decoding, blocks)
-    return Batch(tuple(counts), admitted, tuple(preempted), steps)
+    return Batch(tuple(counts), admitted, tuple(preempted), steps, order[: len(admitted)])
 
 
 def _run(view: BatchView) -> tuple[list[int], list[int], int, int]:
@@ -109,14 +127,16 @@ def _run(view: BatchView) -> tuple[list[int], list[int], int, int]:
     return counts, preempted, blocks, budget
 
 
-def _admit(view: BatchView, budget: int, blocks: int, room: int) -> tuple[int, ...]:
+def _admit(
+    view: BatchView, budget: int, blocks: int, room: int, order: tuple[int, ...]
+) -> tuple[int, ...]:
     admitted: list[int] = []
-    for index in range(len(view.waiting)):
+    for index in order or range(len(view.waiting)):
         if budget <= 0 or room <= 0:
             break
         cached, needed = view.admission(index)
         if needed > blocks:
-            break  # first come first served: nobody overtakes
+            break  # nobody overtakes the next in order
         count = min(view.waiting[index].known - cached, budget, view.chunk_tokens)
         admitted.append(count)
         budget -= count
@@ -128,11 +148,8 @@ def _admit(view: BatchView, budget: int, blocks: int, room: int) -> tuple[int, .
 def _steps(view: BatchView, decoding: Sequence[WorkView], blocks: int) -> int:
     """Iterations that need nobody's attention, with every block they can need at hand.
 
-    `blocks` is what is left after the first iteration. A sequence's first step stands alone, so
-    that its first token is reported when it is drawn.
+    `blocks` is what is left after the first iteration.
     """
-    if any(w.fresh for w in decoding):
-        return 1
     steps = min(view.steps_max, *(w.output_left for w in decoding))
     size = view.block_size
     after = [max(w.blocks_held, -(-(w.computed + 1) // size)) for w in decoding]
@@ -146,4 +163,7 @@ def _steps(view: BatchView, decoding: Sequence[WorkView], blocks: int) -> int:
     return steps
 
 
-BATCHES: Final[dict[str, Callable[[BatchView], Batch]]] = {"token_budget": token_budget}
+BATCHES: Final[dict[str, Callable[[BatchView], Batch]]] = {
+    "token_budget": token_budget,
+    "lpm": lpm,
+}

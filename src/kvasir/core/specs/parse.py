@@ -97,11 +97,12 @@ def parse_deployment(
         raise source.error(problems[0], more=len(problems) - 1) from None
     known: dict[Path, Collection[str] | None] = {
         ("policy", "route", "name"): known_routes,
-        ("policy", "route", "fallback"): known_routes,
         ("policy", "batch", "name"): known_batches,
         ("policy", "admit"): known_admits,
         ("policy", "evict"): known_evicts,
     }
+    if deployment.policy.route.name == "session":
+        known["policy", "route", "fallback"] = known_routes
     known |= {("models", i, "shape"): known_shapes for i in range(len(deployment.models))}
     problems = [*_not_finite(deployment.model_dump()), *_unknown_names(deployment, known)]
     if problems:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -70,8 +71,11 @@ class EngineThread:
                 return
 
     def _step(self, step: Step, streams: Sequence[Stream]) -> None:
-        result = self.runner.step(step, _Hooks(self, step, streams))
-        done = StepDone(step.id, result.steps_done, result.rows)
+        hooks = _Hooks(self, step, streams)
+        began = time.monotonic()
+        result = self.runner.step(step, hooks)
+        first_s = (hooks.first_at or time.monotonic()) - began
+        done = StepDone(step.id, result.steps_done, result.rows, first_s)
         self._call(lambda: self._on_step(done))
 
     def _call(self, action: Callable[[], None]) -> None:
@@ -86,12 +90,15 @@ class _Hooks:
 
     def __init__(self, engine: EngineThread, step: Step, streams: Sequence[Stream]) -> None:
         self._engine, self._step, self._streams = engine, step, streams
+        self.first_at: float | None = None  # when the first iteration ended
 
     def layer_done(self, layer: int) -> None:
         for stream in self._streams:
             self._engine._push(stream, layer)
 
     def sampled(self, batch: Sequence[Sampled]) -> None:
+        if self.first_at is None:
+            self.first_at = time.monotonic()
         if batch:
             tokens = list(batch)
             self._engine._call(lambda: self._engine._on_tokens(tokens))

@@ -37,6 +37,7 @@ class Executor:
         self.step: Step | None = None
         self.version = 0
         self.ends_at = 0.0
+        self.first_s = 0.0  # of the running step's first iteration
         self._started = 0.0
         self._steps = 0
         self._context = 0
@@ -52,8 +53,10 @@ class Executor:
             self._steps = max(1, min(step.steps, *left))
             self._context = sum(row.start + 1 for row in step.rows)
             seconds = self._model.elapsed(len(step.rows), self._context, self._steps)
+            self.first_s = self._model.iteration_seconds(len(step.rows), self._context, 0)
         else:
             seconds = self._model.batch([(row.count, row.start) for row in step.rows])
+            self.first_s = seconds
         self.ends_at = now + seconds
         return self.ends_at
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from kvasir.core import effects as fx
+from kvasir.core.events import Closed
 from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
     Alarm,
@@ -91,6 +92,8 @@ class SimWorld:
         self._heap: list[tuple[float, int, Host | None, Any]] = []
         self._serial = 0
         self._outputs: dict[RequestId, int] = {}
+        self._streaming: set[tuple[RequestId, int]] = set()  # have drawn a token
+        self._first_sent: set[tuple[RequestId, int]] = set()  # ... and sent it ahead of its run
         self._arrivals = iter(arrivals)
         self._arrived = 0
         self._more = True
@@ -234,6 +237,23 @@ class SimWorld:
         ends_at = executor.begin(self.now, effect)
         self.transfers.step_begins(self.now, host.id, effect.id, ends_at)
         self._await_step(host, executor)
+        if effect.steps > 1:
+            self._await_first_tokens(host, executor, effect)
+
+    def _await_first_tokens(self, host: Host, executor: Executor, step: fx.Step) -> None:
+        """Rows that join a run of steps stream their first token when it is drawn, not at the end
+        of the run."""
+        fresh = [r for r in step.rows if (r.request_id, r.attempt) not in self._streaming]
+        if not fresh:
+            return
+
+        def drawn() -> None:
+            if executor.step is step and self.hosts.get(host.id) is host:
+                self._first_sent.update((r.request_id, r.attempt) for r in fresh)
+                rows = (Drawn(r.request_id, r.attempt, r.index, 1) for r in fresh)
+                self.send(GATEWAY, Tokens(tuple(rows)))
+
+        self.schedule(self.now + executor.first_s, drawn)
 
     def _await_step(self, host: Host, executor: Executor) -> None:
         version = executor.version
@@ -249,7 +269,8 @@ class SimWorld:
         assert step is not None
         outcome = executor.finish()
         self._emit_tokens(step, outcome)
-        self.deliver(host, StepDone(step.id, outcome.steps, outcome.rows))
+        done = StepDone(step.id, outcome.steps, outcome.rows, outcome.first_s)
+        self.deliver(host, done)
 
     def _emit_tokens(self, step: fx.Step, outcome: Outcome) -> None:
         first: dict[RequestId, int] = {}
@@ -257,7 +278,12 @@ class SimWorld:
         for row, done in zip(step.rows, outcome.rows, strict=True):
             if done.sampled:
                 first[row.request_id] = row.index
-                drawn.append(Drawn(row.request_id, row.attempt, row.index, done.sampled))
+                key = (row.request_id, row.attempt)
+                sent = key in self._first_sent
+                self._first_sent.discard(key)
+                self._streaming.add(key)
+                if done.sampled > sent:
+                    drawn.append(Drawn(*key, row.index + sent, done.sampled - sent))
         if drawn:
             self.send(GATEWAY, Tokens(tuple(drawn)))
         self.recorder.step(outcome, first)
@@ -293,7 +319,12 @@ class SimWorld:
         pass  # the Reply that closes it follows
 
     def _note(self, host: Host, effect: fx.Note) -> None:
-        self.recorder.event(self.now, effect.event)
+        event = effect.event
+        self.recorder.event(self.now, event)
+        if isinstance(event, Closed):
+            for attempt in range(1, event.attempts + 1):
+                self._streaming.discard((event.request_id, attempt))
+                self._first_sent.discard((event.request_id, attempt))
 
     _perform: ClassVar[dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]]] = {
         fx.Tell: _tell, fx.Step: _step, fx.Cut: _cut, fx.Send: _send_kv, fx.Fetch: _fetch_kv,
