@@ -4,8 +4,9 @@
 
 shm stands beside one numpy copy of the same bytes, tcp beside plain `sendmsg` into `recv_into` on a
 loopback socket between the same two processes, with no frames, checksums or blocks. All four take
-turns within each repeat. Prints a line each with the median, its spread and the ratio of medians;
-the last line is JSON.
+turns within each repeat. Prints a line each with the median rate, its spread, the ratio of medians,
+and the CPU time of both processes together, which other load on the machine moves far less than the
+rate; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def decode_process(kind: str, blocks: int, run_dir: str) -> None:
         receiver.expect("bench", attempt, 0, ids, LAYERS, time.monotonic() + WAIT_S)
         print("ready", flush=True)
         result = results.get(timeout=WAIT_S)
-        print(json.dumps([result.ok, result.seconds, result.reason]), flush=True)
+        print(json.dumps([time.process_time(), result.ok, result.reason]), flush=True)
     receiver.close()
 
 
@@ -76,7 +77,7 @@ def raw_receiver(planes: list[list[np.ndarray]]) -> None:
                         while view:
                             view = view[sock.recv_into(view[:RAW_CALL_BYTES]) :]
                 sock.sendall(b"!")
-                print(json.dumps([True, 0.0, ""]), flush=True)
+                print(json.dumps([time.process_time(), True, ""]), flush=True)
 
 
 class Decode:
@@ -86,12 +87,20 @@ class Decode:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.address = self.line()
+        self._cpu_s = 0.0
 
     def line(self) -> str:
         assert self.process.stdout
         found = self.process.stdout.readline().strip()
         assert found, "the decode process ended"
         return found
+
+    def cpu_s(self) -> float:
+        """The end of a round: CPU seconds that it cost there."""
+        cpu_s, ok, reason = json.loads(self.line())
+        assert ok, reason
+        cpu_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
+        return float(cpu_s)
 
     def ready(self, *what: Any) -> None:
         assert self.process.stdin
@@ -103,7 +112,25 @@ class Decode:
         self.process.communicate(timeout=WAIT_S)
 
 
-# --- rounds: each returns seconds ------------------------------------------------------------
+# --- rounds ----------------------------------------------------------------------------------
+
+
+class Round(NamedTuple):
+    """`cpu_s`: of both processes, all threads."""
+
+    seconds: float
+    cpu_s: float
+
+
+class Watch:
+    """Wall and CPU time of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._cpu_s, self._start = time.process_time(), time.perf_counter()
+
+    def read(self) -> Round:
+        seconds = time.perf_counter() - self._start
+        return Round(seconds, time.process_time() - self._cpu_s)
 
 
 def order(blocks: int, scattered: bool, seed: int) -> list[int]:
@@ -111,12 +138,12 @@ def order(blocks: int, scattered: bool, seed: int) -> list[int]:
     return [int(i) for i in ids]
 
 
-def numpy_copy(source: list[list[np.ndarray]], target: list[list[np.ndarray]]) -> float:
-    start = time.perf_counter()
+def numpy_copy(source: list[list[np.ndarray]], target: list[list[np.ndarray]]) -> Round:
+    watch = Watch()
     for planes, copies in zip(source, target, strict=True):
         for plane, copy in zip(planes, copies, strict=True):
             np.copyto(copy, plane)
-    return time.perf_counter() - start
+    return watch.read()
 
 
 class Shipping:
@@ -133,20 +160,19 @@ class Shipping:
         )
         self._attempt = 0
 
-    def round(self, scattered: bool) -> float:
+    def round(self, scattered: bool) -> Round:
         self._attempt += 1
         ids = order(self._blocks, scattered, seed=1)
         self._decode.ready(self._attempt, scattered)
-        start = time.perf_counter()
+        watch = Watch()
         deadline_s = time.monotonic() + WAIT_S
         self._sender.open("bench", self._attempt, self._decode.address, deadline_s)
         self._sender.push("bench", self._attempt, 0, ids, range(LAYERS))
         self._sender.finish("bench", self._attempt, Trailer())
         ok, reason = self._over.get(timeout=WAIT_S)[2:]
-        took = time.perf_counter() - start
+        here = watch.read()
         assert ok, reason
-        self._decode.line()
-        return took
+        return here._replace(cpu_s=here.cpu_s + self._decode.cpu_s())
 
     def close(self) -> None:
         self._sender.close()
@@ -162,18 +188,17 @@ class Raw:
         self._sock = socket.create_connection(("127.0.0.1", int(self._decode.address)))
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def round(self) -> float:
+    def round(self) -> Round:
         self._decode.ready()
-        start = time.perf_counter()
+        watch = Watch()
         for planes in self._source:
             for plane in planes:
                 view = plane.reshape(-1).data
                 while view:
                     view = view[self._sock.sendmsg([view[:RAW_CALL_BYTES]]) :]
         assert self._sock.recv(1)
-        took = time.perf_counter() - start
-        self._decode.line()
-        return took
+        here = watch.read()
+        return here._replace(cpu_s=here.cpu_s + self._decode.cpu_s())
 
     def close(self) -> None:
         self._sock.close()
@@ -183,17 +208,15 @@ class Raw:
 # --- the report ------------------------------------------------------------------------------
 
 
-def measure(
-    rounds: dict[str, Callable[[], float]], repeats: int, nbytes: int
-) -> dict[str, list[float]]:
-    """GB/s of each, sorted. All take turns, and the first turn is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in rounds}
+def measure(rounds: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
+    """All take turns, and the first turn is not counted."""
+    found: dict[str, list[Round]] = {name: [] for name in rounds}
     for turn in range(repeats + 1):
         for name, run in rounds.items():
-            rate = nbytes / run() / 1e9
+            result = run()
             if turn:
-                found[name].append(rate)
-    return {name: sorted(rates) for name, rates in found.items()}
+                found[name].append(result)
+    return found
 
 
 def main() -> None:
@@ -214,7 +237,7 @@ def main() -> None:
         shm = Shipping("shm", source, run_dir, given.frame_kib << 10)
         tcp = Shipping("tcp", source, run_dir, given.frame_kib << 10)
         raw = Raw(source, run_dir)
-        rates = measure(
+        found = measure(
             {
                 "numpy copy": lambda: numpy_copy(source, target),
                 "shm": lambda: shm.round(False),
@@ -224,28 +247,33 @@ def main() -> None:
                 "tcp scattered": lambda: tcp.round(True),
             },
             given.repeats,
-            nbytes,
         )
         for end in (shm, tcp, raw):
             end.close()
-    report(rates, nbytes, given)
+    report(found, nbytes, given)
 
 
-def report(rates: dict[str, list[float]], nbytes: int, given: argparse.Namespace) -> None:
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+def report(found: dict[str, list[Round]], nbytes: int, given: argparse.Namespace) -> None:
+    size = nbytes / 1e9
+    rates = {name: sorted(size / r.seconds for r in rounds) for name, rounds in found.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    cpu = {
+        name: statistics.median(r.cpu_s for r in rounds) / size for name, rounds in found.items()
+    }
     floors = {"shm": "numpy copy", "tcp": "raw socket"}
     ratios = {}
-    for name, found in rates.items():
-        floor = floors.get(name.split()[0])
-        share = ""
+    for name, values in rates.items():
+        share, floor = "", floors.get(name.split()[0])
         if floor:
             ratios[name] = medians[name] / medians[floor]
-            share = f"  {ratios[name]:5.0%} of {floor}"
-        print(f"{name:14s} {medians[name]:6.2f} GB/s  ({found[0]:.2f}..{found[-1]:.2f}){share}")
+            share = f"  {ratios[name]:5.0%} of {floor}, {cpu[name] / cpu[floor]:.2f} x its CPU"
+        spread = f"({values[0]:.2f}..{values[-1]:.2f})"
+        print(f"{name:14s} {medians[name]:6.2f} GB/s {spread:14s} {cpu[name]:.2f} CPU s/GB{share}")
     figures = {
         "bench": "transfer", "bytes": nbytes, "repeats": given.repeats,
-        "frame_bytes": given.frame_kib << 10, "gb_per_s": medians, "ratio": ratios,
-        "load": os.getloadavg()[0], "cores": os.cpu_count(), "python": platform.python_version(),
+        "frame_bytes": given.frame_kib << 10, "gb_per_s": medians, "cpu_s_per_gb": cpu,
+        "ratio": ratios, "load": os.getloadavg()[0], "cores": os.cpu_count(),
+        "python": platform.python_version(),
     }  # fmt: skip
     print(json.dumps(figures))
 

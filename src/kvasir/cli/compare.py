@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cyclopts import App
 
 from kvasir.cli.simulate import JsonTo, Positive
+
+if TYPE_CHECKING:
+    from kvasir.core.specs import Deployment
 
 app = App(name="compare")
 
@@ -46,46 +51,49 @@ def compare(
     jobs
         Processes to use (default: one a core).
     """
+    from kvasir.cli.output import unique
+    from kvasir.cli.overrides import with_policy
+    from kvasir.cli.simulate import load, with_workload
+    from kvasir.policy.route import ROUTES
+
+    spec = load(deployment)
+    names = unique(n.strip() for n in policies.split(",")) if policies else tuple(ROUTES)
+    flags = {"trace": trace, "limit": limit}
+    given = {k: v for k, v in flags.items() if v is not None}
+    specs = {name: with_policy(with_workload(spec, given), name) for name in names}
+    _compare(specs, spec.seed if seed is None else seed, seeds or 1, jobs, json)
+
+
+def _compare(
+    specs: dict[str, Deployment], seed: int, seeds: int, jobs: int | None, json: str | None
+) -> None:
+    """Run every policy with every seed, print the tables, write the results."""
     from json import loads
 
     from msgspec.structs import replace
 
     from kvasir.cli.output import progress, say, unique, write_json
-    from kvasir.cli.overrides import with_policy
-    from kvasir.cli.simulate import headline, load, with_workload, workload_of
+    from kvasir.cli.simulate import headline
+    from kvasir.measure.intervals_table import intervals_table
     from kvasir.measure.results import canonical
     from kvasir.measure.tables import compare_table
-    from kvasir.policy.route import ROUTES
-
-    spec = load(deployment)
-    names = unique(n.strip() for n in policies.split(",")) if policies else tuple(ROUTES)
-    specs = {name: with_policy(spec, name) for name in names}
-    seed = spec.seed if seed is None else seed
-    arrivals = workload_of(spec, trace, limit, seed)
-    say(headline(spec, arrivals, ", ".join(names), seed), json)
-
-    from kvasir.measure.intervals_table import intervals_table
     from kvasir.runtime.sweep import Case, sweep
+    from kvasir.traces.workload import workload
 
-    flags = {"trace": trace, "limit": limit}
-    given = {k: v for k, v in flags.items() if v is not None}
-    used = [seed + i for i in range(seeds or 1)]
-    cases = [
-        Case(name, with_workload(one, given), number)
-        for name, one in specs.items()
-        for number in used
-    ]
+    spec = next(iter(specs.values()))
+    arrivals = workload(spec.workload, spec.block_size, seed)
+    say(headline(spec, arrivals, ", ".join(specs), seed), json)
+    cases = [Case(name, one, seed + i) for name, one in specs.items() for i in range(seeds)]
     with progress(f"{spec.name}, {len(cases)} runs") as report:
         runs = sweep(cases, jobs=jobs, progress=report)
     by_name = {
-        name: [r for r, c in zip(runs, cases, strict=True) if c.label == name] for name in names
+        name: [r for r, c in zip(runs, cases, strict=True) if c.label == name] for name in specs
     }
-    results = {name: found[0] for name, found in by_name.items()}
     columns = []
-    for name, result in results.items():
-        notes = unique((*result.summary.notes, *result.notes))
+    for name, found in by_name.items():
+        notes = unique((*found[0].summary.notes, *found[0].notes))
         own = tuple(n for n in notes if n not in arrivals.notes)
-        columns.append((name, replace(result.summary, notes=own)))
+        columns.append((name, replace(found[0].summary, notes=own)))
     say("\n".join([compare_table(columns), *(f"* {note}" for note in arrivals.notes)]), json)
     say(intervals_table({n: [r.summary for r in rs] for n, rs in by_name.items()}), json)
     content = {n: [loads(r.to_json()) for r in rs] for n, rs in by_name.items()}

@@ -33,7 +33,7 @@ def load_deployment(name_or_path: str | Path) -> Deployment:
     from kvasir.policy.admit import ADMITS
     from kvasir.policy.batch import BATCHES
     from kvasir.policy.evict import EVICTS
-    from kvasir.policy.route import ROUTES
+    from kvasir.runtime.policies import ready, route_names
 
     name = str(name_or_path)
     own = bundled()
@@ -41,12 +41,13 @@ def load_deployment(name_or_path: str | Path) -> Deployment:
     deployment = parse_deployment(
         text,
         name,
-        known_routes=ROUTES,
+        known_routes=route_names(),
         known_batches=BATCHES,
         known_admits=ADMITS,
         known_evicts=EVICTS,
         known_shapes=CATALOG,
     )
+    ready(deployment.policy.route)
     return with_shapes(deployment)
 
 

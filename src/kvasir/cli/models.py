@@ -50,7 +50,11 @@ def with_folders(deployment: Deployment) -> Deployment:
 
     Raises ModelError.
     """
-    return _with_models(deployment, [_found(m) for m in deployment.models])
+    found = [_found(m) for m in deployment.models]
+    if deployment.engine == "torch":
+        for model in found:
+            _need_weights(Path(model.path or ""))
+    return _with_models(deployment, found)
 
 
 def with_shapes(deployment: Deployment) -> Deployment:
@@ -122,6 +126,11 @@ def _need(folder: Path, name: str) -> Path:
         nearest=nearest(name, [p.name for p in _inside(folder) if p.is_file()]),
         next_step="give a HuggingFace folder: config.json, tokenizer.json, *.safetensors",
     )
+
+
+def _need_weights(folder: Path) -> None:
+    if not (folder / "model.safetensors.index.json").is_file():
+        _need(folder, "model.safetensors")
 
 
 def _models_beside(folder: Path) -> list[str]:

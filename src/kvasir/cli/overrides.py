@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from kvasir.core.errors import ConfigError, nearest
+from kvasir.core.errors import ConfigError
 from kvasir.core.specs import Deployment, PoolSpec, Role
 from kvasir.core.specs.base import Spec
 
@@ -34,12 +34,11 @@ def _put(spec: AnySpec, path: list[str], value: object) -> AnySpec:
 
 def with_policy(deployment: Deployment, route: str | None) -> Deployment:
     """Another route policy by name; None leaves the deployment's own."""
-    from kvasir.policy.route import ROUTES
+    from kvasir.runtime.policies import ensure
 
     if route is None:
         return deployment
-    if route not in ROUTES:
-        raise ConfigError(f"--policy: no {route!r}", nearest=nearest(route, ROUTES))
+    ensure(route, "--policy")
     return changed(deployment, {"policy.route.name": route}, "--policy")
 
 

@@ -353,7 +353,7 @@ class Worker:
         self._out.append(
             Send(
                 work.id, work.attempt, work.target, first, blocks, self.blocks.bytes(len(blocks)),
-                self._now + self.config.lease_s, step,
+                self._now + self.config.kv_wait_s + self.config.lease_s, step,
             )
         )  # fmt: skip
 

@@ -147,15 +147,14 @@ class Loop:
         return max(0.0, self._timers[0][0] - time.monotonic())
 
     def _woken(self, _events: int) -> None:
-        """The byte is eaten in `_run_tasks`, before the queue is emptied."""
+        """Nothing to do: `_run_tasks` eats the byte, ahead of what is ready."""
 
     def _run_tasks(self) -> None:
-        try:
-            self._wake_in.recv(64)
-        except BlockingIOError:
+        if not self._tasks:
             return
         with self._lock:
             tasks, self._tasks = self._tasks, deque()
+            self._wake_in.recv(64)  # sent under the lock with the first task: it is there
         for task in tasks:
             _guarded(task)
 

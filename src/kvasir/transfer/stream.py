@@ -39,8 +39,9 @@ class FrameReader:
         Raises ConnectionError at the end of the stream, OSError, and WireError.
         """
         while budget_bytes > 0:
+            room = self._room()
             try:
-                count = self._recv_into(self._room())
+                count = self._recv_into(room)
             except BlockingIOError:
                 return
             if count == 0:
@@ -49,6 +50,8 @@ class FrameReader:
             self._left -= count
             if self._left == 0:
                 self._section_done()
+            elif count < len(room):
+                return  # most likely dry; to ask again would cost another call
 
     def discard(self) -> None:
         """Drain the rest of the payload that is being read."""
