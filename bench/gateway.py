@@ -2,11 +2,13 @@
 
     python bench/gateway.py [--requests 8000] [--streams 3200] [--repeat 5]
 
-The server runs in a process of its own, pinned to one core, the client here on another. A figure is
-the server's user and system time over the requests it answered; the median of the runs, and their
-range. Each of the 16 tokens of an answer takes its own turn of the event loop, also for JSON;
-`paced` puts 5 ms between them, so that each one is its own wake-up, as from an engine. What the
-scripted desk itself costs is part of each figure, and is shown beside it.
+Each server runs in a process of its own, pinned to one core, the client here on another. A figure
+is the server's user and system time over the requests it answered: the median of the runs, and
+their range. The 16 tokens of an answer take a turn of the event loop each, also for JSON; `paced`
+puts 5 ms between them, so that each one is its own wake-up, as from an engine.
+
+`bare` is the limit of this stack, run by run beside ours: the same HTTP server, the same turns and
+writes, but fixed bytes and no gateway. On a busy machine both rise together.
 
 Goals: 0.10 ms for a JSON answer, 0.25 ms for a stream of 16 tokens, tokenising apart.
 """
@@ -26,11 +28,11 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import uvloop
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvasir.core.specs import LimitsSpec
 from kvasir.gateway.app import make_app
 from kvasir.gateway.fake import FakeDesk, FakeText
-from kvasir.gateway.port import Ask
 from kvasir.gateway.serve import serve_http
 from kvasir.observe.metrics import Metrics
 
@@ -41,9 +43,12 @@ TOKENS = 16
 SCRIPT = range(97, 97 + TOKENS)
 PACE_S = 0.005
 SYSTEM = "You are a helpful assistant that answers in one short sentence. " * 4
+EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]' + b" " * 120 + b"}\n\n"
 
 
 class Run(NamedTuple):
+    """Per request."""
+
     cpu_ms: float
     system_ms: float
     per_s: float
@@ -58,16 +63,65 @@ class Row(NamedTuple):
     cpu_ms_min: float
     cpu_ms_max: float
     system_ms: float
-    desk_ms: float
+    bare_ms: float
+    bare_ms_min: float
     per_s: float
 
 
-def serve(ready: Connection, token_s: float, core: int) -> None:
+# --- servers --------------------------------------------------------------------------------------
+
+
+def serve(ready: Connection, kind: str, bare: bool, core: int) -> None:
     os.sched_setaffinity(0, {core})
+    token_s = PACE_S if kind == "paced" else 0.0
+    app = bare_app(token_s, stream=kind != "json") if bare else our_app(token_s)
+    uvloop.run(serve_http(app, HOST, 0, on_bound=ready.send))
+
+
+def our_app(token_s: float) -> ASGIApp:
     desk = FakeDesk(FakeText(), script=SCRIPT, token_s=token_s)
     desk.keep = False
-    app = make_app(desk, Metrics(["fake"]), LimitsSpec())
-    uvloop.run(serve_http(app, HOST, 0, on_bound=ready.send))
+    return make_app(desk, Metrics(["fake"]), LimitsSpec())
+
+
+def bare_app(token_s: float, *, stream: bool) -> ASGIApp:
+    kind = (b"content-type", b"text/event-stream" if stream else b"application/json")
+    size = [] if stream else [(b"content-length", b"330")]
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await asyncio.sleep(0)
+        start = {"type": "http.response.start", "status": 200, "headers": [kind, *size]}
+        if stream:
+            await send(start)
+        for _ in range(TOKENS):
+            await asyncio.sleep(token_s)
+            if stream:
+                await send({"type": "http.response.body", "body": EVENT, "more_body": True})
+        if not stream:
+            await send(start)
+        last = EVENT * 3 if stream else b" " * 330
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    return answer
+
+
+@contextlib.contextmanager
+def server(kind: str, bare: bool, core: int) -> Iterator[tuple[int, int]]:
+    """Its pid and port. It has a core, and the client the other, where there are two."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(theirs, kind, bare, core), daemon=True)
+    process.start()
+    try:
+        assert process.pid is not None
+        yield process.pid, ours.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+# --- client ---------------------------------------------------------------------------------------
 
 
 def request(i: int, stream: bool) -> bytes:
@@ -98,6 +152,13 @@ async def client(port: int, count: int, stream: bool) -> None:
     writer.close()
 
 
+async def load(port: int, count: int, connections: int, stream: bool) -> None:
+    await asyncio.gather(*(client(port, count // connections, stream) for _ in range(connections)))
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
 class Cpu(NamedTuple):
     """Seconds of a process so far, in ticks of 10 ms."""
 
@@ -112,72 +173,35 @@ def cpu_of(pid: int) -> Cpu:
     return Cpu(int(fields[11]) / tick, int(fields[12]) / tick)
 
 
-async def load(port: int, count: int, connections: int, stream: bool) -> None:
-    await asyncio.gather(*(client(port, count // connections, stream) for _ in range(connections)))
+def run_once(pid: int, port: int, kind: str, count: int) -> Run:
+    before, began = cpu_of(pid), time.perf_counter()
+    uvloop.run(load(port, count, CONNECTIONS[kind], kind != "json"))
+    after, seconds = cpu_of(pid), time.perf_counter() - began
+    user, system = after.user - before.user, after.system - before.system
+    return Run((user + system) * 1e3 / count, system * 1e3 / count, count / seconds)
 
 
-@contextlib.contextmanager
-def server(token_s: float) -> Iterator[tuple[int, int]]:
-    """Its pid and port. Server and client each have a core, where there are two."""
-    cores = sorted(os.sched_getaffinity(0))
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, token_s, cores[0]), daemon=True)
-    process.start()
-    os.sched_setaffinity(0, {cores[-1]})
-    try:
-        assert process.pid is not None
-        yield process.pid, ours.recv()
-    finally:
-        process.terminate()
-        process.join()
-        os.sched_setaffinity(0, set(cores))
-
-
-def measure(kind: str, count: int, repeat: int) -> Row:
-    connections, stream = CONNECTIONS[kind], kind != "json"
+def measure(kind: str, count: int, repeat: int, core: int) -> Row:
+    connections = CONNECTIONS[kind]
     count = count // connections * connections
-    runs: list[Run] = []
-    with server(PACE_S if kind == "paced" else 0.0) as (pid, port):
-        uvloop.run(load(port, connections * 4, connections, stream))  # warm
-        for _ in range(repeat):
-            before, began = cpu_of(pid), time.perf_counter()
-            uvloop.run(load(port, count, connections, stream))
-            after, seconds = cpu_of(pid), time.perf_counter() - began
-            user, system = after.user - before.user, after.system - before.system
-            ms = 1e3 / count
-            runs.append(Run((user + system) * ms, system * ms, count / seconds))
+    with server(kind, False, core) as ours, server(kind, True, core) as bare:
+        for pid, port in (ours, bare):  # warm
+            run_once(pid, port, kind, connections * 4)
+        pairs = [(run_once(*ours, kind, count), run_once(*bare, kind, count))
+                 for _ in range(repeat)]  # fmt: skip
+    mine = [pair[0] for pair in pairs]
+    floor = [pair[1].cpu_ms for pair in pairs]
     return Row(
         kind=kind,
         requests=count * repeat,
-        cpu_ms=statistics.median(run.cpu_ms for run in runs),
-        cpu_ms_min=min(run.cpu_ms for run in runs),
-        cpu_ms_max=max(run.cpu_ms for run in runs),
-        system_ms=statistics.median(run.system_ms for run in runs),
-        desk_ms=desk_alone_ms(PACE_S if kind == "paced" else 0.0, connections),
-        per_s=statistics.median(run.per_s for run in runs),
+        cpu_ms=statistics.median(run.cpu_ms for run in mine),
+        cpu_ms_min=min(run.cpu_ms for run in mine),
+        cpu_ms_max=max(run.cpu_ms for run in mine),
+        system_ms=statistics.median(run.system_ms for run in mine),
+        bare_ms=statistics.median(floor),
+        bare_ms_min=min(floor),
+        per_s=statistics.median(run.per_s for run in mine),
     )
-
-
-def desk_alone_ms(token_s: float, at_once: int) -> float:
-    """CPU of the scripted desk without any HTTP, in this process, per request."""
-    desk = FakeDesk(FakeText(), script=SCRIPT, token_s=token_s)
-    desk.keep = False
-    ask = Ask("r", "fake", tuple(range(50)), TOKENS)
-
-    async def one() -> None:
-        async for _ in desk.submit(ask):
-            pass
-
-    async def many(rounds: int) -> None:
-        for _ in range(rounds):
-            await asyncio.gather(*(one() for _ in range(at_once)))
-
-    rounds = max(1, 2000 // at_once)
-    uvloop.run(many(1))
-    began = time.process_time()
-    uvloop.run(many(rounds))
-    return (time.process_time() - began) / (rounds * at_once) * 1e3
 
 
 def main() -> None:
@@ -185,16 +209,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8000, help="JSON requests a run")
     parser.add_argument("--streams", type=int, default=3200, help="streams of 16 tokens a run")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each kind")
+    parser.add_argument("--kinds", nargs="+", default=list(GOALS_MS), choices=list(GOALS_MS))
     asked = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[-1]})
     rows = []
-    for kind in ("json", "stream", "paced"):
+    for kind in asked.kinds:
         count = asked.requests if kind == "json" else asked.streams
-        row = measure(kind, count, asked.repeat)
+        row = measure(kind, count, asked.repeat, cores[0])
         goal = GOALS_MS[kind]
         print(
             f"{kind:<7} {row.cpu_ms:.3f} CPU ms a request [{row.cpu_ms_min:.3f}-"
-            f"{row.cpu_ms_max:.3f}], of it system {row.system_ms:.3f}, desk {row.desk_ms:.3f}; "
-            f"{row.cpu_ms / goal:.0%} of the goal of {goal:.2f}; {row.per_s:.0f} requests/s"
+            f"{row.cpu_ms_max:.3f}], of it system {row.system_ms:.3f}; bare {row.bare_ms:.3f} "
+            f"[{row.bare_ms_min:.3f}-]; {row.cpu_ms / goal:.0%} of the goal of {goal:.2f}; "
+            f"{row.per_s:.0f} requests/s",
+            flush=True,
         )
         rows.append(row._asdict())
     print(json.dumps({"bench": "gateway", "tokens": TOKENS, "rows": rows}))

@@ -28,7 +28,8 @@ import uvloop
 
 from kvasir.core.effects import Step
 from kvasir.core.events import AnyEvent
-from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.ids import CONDUCTOR, BlockKey, NodeId, RequestId, WorkerId
+from kvasir.core.keys import block_keys, salt_of
 from kvasir.core.messages import AnyMessage, Report, Start
 from kvasir.core.request import Sampling
 from kvasir.core.specs import (
@@ -44,12 +45,13 @@ from kvasir.core.specs import (
 )
 from kvasir.cost.pools import capacity_of
 from kvasir.engine.base import Runner, Sampled, StepHooks, StepResult
-from kvasir.engine.fake import FakeRunner
+from kvasir.engine.fake import BITS, SALTS, C, FakeRunner, M
 from kvasir.gateway import platform as platform_module
 from kvasir.gateway.platform import Platform
 from kvasir.gateway.port import Ask, EndPiece, FailPiece, Pieces, PlacedPiece, TokensPiece
 from kvasir.net.topology import Topology
 from kvasir.node.build import worker_config
+from kvasir.node.work import Work
 from kvasir.node.worker import Worker
 from kvasir.observe.metrics import Metrics
 from kvasir.runtime.plan import address
@@ -62,6 +64,8 @@ GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 MODEL = "tiny"
 SIZE = 16  # tokens of a block
 LIMIT_S = 60.0  # what a wait for a condition may take before it is called a failure
+
+Layout = dict[str, Any]  # values of `deployment_of`
 
 T = TypeVar("T")
 E = TypeVar("E", bound=AnyEvent)
@@ -196,7 +200,7 @@ class TappedBus(Bus):
 
 
 class Threads:
-    """Stands in for `runtime.local.Fleet`: every worker has its own bus and wire in this process."""
+    """Stands in for `runtime.local.Fleet`: each worker has a bus and a wire in this process."""
 
     def __init__(self, deployment: Deployment, run_dir: str) -> None:
         self._deployment, self._run_dir = deployment, run_dir
@@ -313,8 +317,11 @@ class Cluster:
         heard: Any = self.platform.metrics
         return [event for event in heard.events if isinstance(event, kind)]
 
-    async def until(self, condition: Callable[[], Any], what: Callable[[], Any] = lambda: "") -> None:
+    async def until(
+        self, condition: Callable[[], Any], what: Callable[[], Any] | None = None
+    ) -> None:
         """Waits for a condition; a worker's failure, and LIMIT_S, end the test."""
+        what = what or self.counts
         loop = asyncio.get_running_loop()
         limit = loop.time() + LIMIT_S
         while not condition():
@@ -322,6 +329,9 @@ class Cluster:
                 raise self.threads.failures[0]
             assert loop.time() < limit, f"still not so after {LIMIT_S} s: {what()}"
             await asyncio.sleep(0.001)
+
+    def works(self, worker: WorkerId) -> dict[RequestId, Work]:
+        return self.node(worker).works
 
     async def at_rest(self) -> None:
         """Waits until nothing is held anywhere; then every invariant holds."""
@@ -372,6 +382,9 @@ class Cluster:
 
     # --- meddling ---------------------------------------------------------------------------------
 
+    def feed_conductor(self, message: AnyMessage) -> None:
+        self.platform.bus.hosts[CONDUCTOR].feed(message)
+
     def tap(self, worker: WorkerId, tap: Tap) -> None:
         """Messages from `worker` that `tap` refuses are lost."""
         self.threads.buses[worker].tap = tap
@@ -416,3 +429,35 @@ async def cluster(deployment: Deployment) -> AsyncIterator[Cluster]:
         shutil.rmtree(run_dir, ignore_errors=True)
     for error in [*threads.failures, *(c.get("exception") for c in wrong)]:
         raise error or AssertionError(wrong)
+
+
+# --- what fake runners' caches must hold ----------------------------------------------------------
+
+
+def wrong_blocks(c: Cluster, texts: Sequence[Sequence[int]]) -> list[str]:
+    """Cached blocks of fake runners whose bytes are not those of the tokens that their key names.
+    A key that none of `texts` (prompt and output) has is wrong too."""
+    salt = salt_of(f"{MODEL}@", None, "default")
+    true: dict[BlockKey, list[int]] = {}
+    for text in texts:
+        kv = hashes(text)
+        for i, key in enumerate(block_keys(text, SIZE, salt)):
+            true[key] = kv[i * SIZE : (i + 1) * SIZE]
+    wrong = []
+    for worker in c.workers:
+        pool, words = c.node(worker).pool, c.threads.runners[worker]._words
+        for key in pool.all_keys():
+            (block,) = pool.match([key])
+            found = words[:, block * SIZE : (block + 1) * SIZE].tolist()
+            if key not in true or found != [[h ^ salt for h in true[key]] for salt in SALTS]:
+                wrong.append(f"{worker} block {block}")
+    return wrong
+
+
+def hashes(tokens: Sequence[int]) -> list[int]:
+    """engine.fake's h of every position."""
+    found, running = [], 0
+    for token in tokens:
+        running = (running * M + (token + 1) * C) & BITS
+        found.append(running)
+    return found

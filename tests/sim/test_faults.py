@@ -21,6 +21,9 @@ from kvasir.core.specs import (
     TopologySpec,
 )
 from kvasir.core.specs.deployment import BatchSpec, FittedCost
+from kvasir.policy.admit import ADMITS
+from kvasir.policy.batch import BATCHES
+from kvasir.policy.route import ROUTES
 from kvasir.traces.record import Arrival
 from kvasir.world.sim.faults import Faults, FaultSpec
 from kvasir.world.sim.world import SimWorld
@@ -40,7 +43,7 @@ def deployment(rng: random.Random) -> Deployment:
     if rng.random() < 0.3:
         pools.append(PoolSpec(name="mixed", role="mixed", batch_tokens_max=128, **shape))
     route = RouteSpec(
-        name=rng.choice(["round_robin", "least_loaded", "cache_load", "netkv"]),
+        name=rng.choice(list(ROUTES)),
         decode_choice=rng.choice(["arrival", "prefill_end"]),
         local_prefill_tokens=rng.choice([0, 20]),
         output_reserve_tokens=rng.choice([0, 64]),
@@ -49,7 +52,13 @@ def deployment(rng: random.Random) -> Deployment:
         models=(ModelSpec(name="m", shape="tiny"),),
         topology=TopologySpec(preset=rng.choice(["paper", "fabric"]), nic_bandwidth=2e7),
         pools=tuple(pools),
-        policy=PolicySpec(route=route, batch=BatchSpec(chunk_tokens=rng.choice([16, 64, 512]))),
+        policy=PolicySpec(
+            route=route,
+            batch=BatchSpec(
+                name=rng.choice(list(BATCHES)), chunk_tokens=rng.choice([16, 64, 512])
+            ),
+            admit=rng.choice(["bounded", *ADMITS]),
+        ),
         limits=LimitsSpec(
             beat_s=0.2, dead_after_s=1.0, grace_s=0.5, prompt_wait_s=1.0, kv_wait_s=4.0,
             lease_s=4.0, attempts_max=40, queue_wait_s=60,
@@ -69,7 +78,7 @@ def arrivals(rng: random.Random, count: int) -> list[Arrival]:
         ids = [group * 1000 + i for i in range(shared)]
         own = rng.randint(10**6, 10**9)
         ids += [own * 100 + i for i in range(-(-tokens // 16) - shared)]
-        found.append(Arrival(at, tokens, rng.randint(1, 60), tuple(ids)))
+        found.append(Arrival(at, tokens, rng.randint(1, 60), tuple(ids), session=f"s{group}"))
     return found
 
 

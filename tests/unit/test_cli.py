@@ -272,6 +272,7 @@ def test_a_long_context_is_cut_to_what_the_blocks_hold(
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**6}))
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     assert main(["serve", str(tmp_path)]) == 0
     assert served[0].deployment.models[0].max_context == 512 * 16
 

@@ -316,13 +316,15 @@ class Prompt(Message, frozen=True):
 
 
 class Drawn(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """`count` tokens from position `index` of one request's output; `tokens` as in `Prompt`."""
+    """`count` tokens from position `index` of one request's output; `tokens` as in `Prompt`. `end`:
+    the last of them ends the text, whether `Done` arrives or not."""
 
     request_id: RequestId
     attempt: int
     index: int
     count: int
     tokens: bytes = b""
+    end: Literal["", "stop", "length"] = ""
 
 
 class Tokens(Message, frozen=True):
@@ -390,7 +392,10 @@ class StepDone(Message, frozen=True):
 
 
 class Received(Message, frozen=True):
-    """An inbound transfer is over, for better or worse: its memory is no longer written to."""
+    """An inbound transfer is over, for better or worse: its memory is no longer written to.
+
+    `by_sender`: the sender let go of the attempt on purpose, and the conductor hears why from it.
+    """
 
     request_id: RequestId
     attempt: int
@@ -400,6 +405,7 @@ class Received(Message, frozen=True):
     transport: str = ""
     reason: str = ""
     report: PrefillReport | None = None
+    by_sender: bool = False
 
 
 class SendOver(Message, frozen=True):
@@ -440,7 +446,9 @@ def bare(message: AnyMessage) -> AnyMessage:
         return msgspec.structs.replace(message, tokens=b"")
     if isinstance(message, Tokens):
         return Tokens(
-            tuple(Drawn(d.request_id, d.attempt, d.index, d.count) for d in message.drawn)
+            tuple(
+                Drawn(d.request_id, d.attempt, d.index, d.count, b"", d.end) for d in message.drawn
+            )
         )
     if isinstance(message, KvWant):
         return msgspec.structs.replace(message, address="")

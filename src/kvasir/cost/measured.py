@@ -39,11 +39,13 @@ HEAD_FORMAT: Final = "bfloat16"  # engines keep the output head unquantised
 class Engine(NamedTuple):
     """What an engine adds to its kernels. Fitted on whole servers by `bench/accuracy.py`."""
 
-    step_s: float = 0.8e-3  # an iteration's own: scheduling, sampling, hand-over to the host
-    row_s: float = 8e-6  # a sequence in it
-    layer_s: float = 10e-6  # small kernels of a layer: norms, rotary, cache write, activation
-    kernel: float = 1.0  # kernels in a server against the same ones measured alone
-    eager_layer_s: float = 0.0  # least time to launch a layer of a step that is not captured
+    step_s: float = 0.3e-3  # an iteration's own on the accelerator: sampling, hand-over
+    row_s: float = 3e-6  # a sequence in it
+    host_step_s: float = 1.2e-3  # an iteration's own on the host: scheduling, answers
+    host_row_s: float = 36e-6  # a sequence in it
+    layer_s: float = 8e-6  # small kernels of a layer: norms, rotary, cache write, activation
+    kernel: float = 1.04  # kernels in a server against the same ones measured alone
+    prefill_experts: float = 2.0  # experts in a step with prompts, against the same ones measured
     distribution: str = "power_law_1.2"  # of tokens over experts
 
 
@@ -104,14 +106,22 @@ class Measured(PiecewiseModel):
         busiest = -(-tokens // self._dp) if prefills >= self._dp else tokens // prefills
         on_rank = busiest + -(-decoding // self._dp)
         seconds = self._tokens_s(on_rank, tokens + decoding, len(rows))
+        if self._experts is not None:
+            slower = (self._engine.prefill_experts - 1) * self._engine.kernel
+            seconds += slower * self._experts(tokens + decoding)
         seconds += self._prefill_s(prefills, tokens, length, pairs)
         if decoding:
-            seconds += self._attention_s(decoding, context)
-        least = self._shape.layers * self._engine.eager_layer_s
-        return max(seconds, least) + self._host_s(len(rows))
+            mean = context / decoding
+            here = -(-decoding // self._dp)
+            seconds += self._decode_s(here, mean)
+        return self._with_host(seconds, len(rows))
 
-    def _host_s(self, rows: int) -> float:
-        return self._engine.step_s + self._engine.row_s * rows
+    def _with_host(self, seconds: float, rows: int) -> float:
+        """The host works at the same time (`asynchronous`), or while the accelerator waits."""
+        e = self._engine
+        seconds += e.step_s + e.row_s * rows
+        host_s = e.host_step_s + e.host_row_s * rows
+        return max(seconds, host_s) if self._cost.asynchronous else seconds + host_s
 
     def _tokens_s(self, on_rank: int, everywhere: int, rows: int) -> float:
         """All that depends on counts alone."""
@@ -144,19 +154,18 @@ class Measured(PiecewiseModel):
             seconds += layers * one
         return seconds * self._engine.kernel
 
-    def _attention_s(self, batch_size: int, context: int) -> float:
-        """Decode attention among other rows: the lines of the batch less what is not attention."""
-        alone = self._tokens_s(-(-batch_size // self._dp), batch_size, batch_size)
-        return self.iteration_seconds(batch_size, context) - alone - self._host_s(batch_size)
+    def _decode_s(self, rows: int, context: float) -> float:
+        """Decode attention of all layers at a mean context."""
+        return sum(n * a(rows, context) for n, a in self._decode) * self._engine.kernel
 
     def _pieces(self, batch_size: int) -> Pieces:
         here = -(-batch_size // self._dp)
-        fixed = self._tokens_s(here, batch_size, batch_size) + self._host_s(batch_size)
+        fixed = self._tokens_s(here, batch_size, batch_size)
         knots, times, most = [], [], 0.0
         for context in CONTEXTS:
-            most = max(most, sum(n * a(here, context) for n, a in self._decode))
+            most = max(most, self._decode_s(here, context))
             knots.append(float(batch_size * context))
-            times.append(fixed + most * self._engine.kernel)
+            times.append(self._with_host(fixed + most, batch_size))
         starts, lines = [0.0], [DecodeLine(times[0], 0.0)]
         for i in range(1, len(knots)):
             slope = (times[i] - times[i - 1]) / (knots[i] - knots[i - 1])
@@ -169,8 +178,9 @@ class Measured(PiecewiseModel):
     def _heads(self) -> list[tuple[int, Heads]]:
         """Layers of each kind of attention; those that see everything first."""
         s = self._shape
-        kv_heads = max(1, s.kv_heads // self._ranks)
-        one = Heads(self._cost.kv, -(-s.heads // self._ranks), kv_heads, s.head_dim, 0)
+        kv_heads = 0 if s.kv_latent else max(1, s.kv_heads // self._ranks)
+        head_dim = s.kv_latent or s.head_dim
+        one = Heads(self._cost.kv, -(-s.heads // self._ranks), kv_heads, head_dim, 0)
         kinds = [(self._full, one), (self._windowed, one._replace(window=s.window or 0))]
         return [(layers, heads) for layers, heads in kinds if layers]
 
@@ -219,6 +229,22 @@ class Measured(PiecewiseModel):
         return 1.0, self._ops.gemm("head", -(-s.vocab // self._ranks), s.hidden, HEAD_FORMAT)
 
 
+def kv_tokens(
+    shape: ModelShape, hardware: HardwareSpec, tp: int, pp: int, cost: MeasuredCost,
+    memory_fraction: float,
+) -> int:  # fmt: skip
+    """Positions whose KV fits beside weights and workspace, over all copies of attention.
+
+    0 or less when nothing fits.
+    """
+    ranks = tp // cost.dp
+    shards = 1 if shape.kv_latent else min(ranks, shape.kv_heads)
+    values = shape.kv_latent or 2 * shape.kv_heads * shape.head_dim
+    token_bytes = -(-shape.layers // pp) * values * FORMAT_BYTES[cost.kv] / shards
+    free = hardware.memory_bytes * memory_fraction - WORKSPACE_BYTES
+    return int((free - weight_bytes(shape, cost, tp) / pp) / token_bytes) * cost.dp
+
+
 def weight_bytes(shape: ModelShape, cost: MeasuredCost, tp: int) -> int:
     """Bytes of weights on the fullest accelerator, pipeline stages not counted."""
     ranks = tp // cost.dp
@@ -240,3 +266,4 @@ KNOTS: Final = tuple(sorted({
     17, 33, 49, 65, 97, 129, 257, 513, 769, 1025, 12288, 20480,
 }))  # fmt: skip
 FIXED_MAX: Final = 200_000
+WORKSPACE_BYTES: Final = 4 * 10**9  # activations, graphs and collectives' buffers of an engine

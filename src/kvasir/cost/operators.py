@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from kvasir.core.specs.hardware import HardwareSpec
+from kvasir.cost.step import LATENT_PREFILL_HEAD_DIM
 from kvasir.cost.tables import Curve, Key, Part, Source, SystemTables
 
 # Bytes of a weight, scales included, and flops against those of bfloat16 where hardware has them.
@@ -25,7 +26,8 @@ Seconds = Callable[[float], float]
 
 
 class Heads(NamedTuple):
-    """Attention of one layer on one accelerator. `window` 0: none."""
+    """Attention of one layer on one accelerator. `window` 0: none; `kv_heads` 0: a latent
+    vector of `head_dim` for all heads (multi-head latent attention; not among the tables)."""
 
     kv_format: str
     heads: int
@@ -137,9 +139,11 @@ class Operators:
         return near
 
     def _attention_roofline(self, op: str, shape: Heads) -> Attention:
-        pair_s = 4 * shape.heads * shape.head_dim * self._flop_s
-        width = FORMAT_BYTES[shape.kv_format]
-        read_s = 2 * shape.kv_heads * shape.head_dim * width * self._byte_s
+        latent_prefill = not shape.kv_heads and op == "prefill_attention"
+        computed = LATENT_PREFILL_HEAD_DIM if latent_prefill else shape.head_dim
+        pair_s = 4 * shape.heads * computed * self._flop_s
+        planes = 2 * shape.kv_heads or 1
+        read_s = planes * shape.head_dim * FORMAT_BYTES[shape.kv_format] * self._byte_s
 
         def seconds(length: int) -> float:
             seen = min(length, shape.window) if shape.window else length
@@ -156,8 +160,36 @@ class Operators:
             if curve is not None:
                 self.parts.append(Part(name, Source.MEASURED))
                 return curve
+            near = self._nearest_experts(shape, distribution)
+            if near is not None:
+                self.parts.append(Part(name, Source.OUTSIDE))
+                return self._scaled(shape, *near)
         self.parts.append(Part(name, Source.ROOFLINE))
         return self._experts_roofline(shape)
+
+    def _nearest_experts(
+        self, shape: Experts, distribution: str
+    ) -> tuple[Experts, Curve] | None:
+        """The measured experts of the same format that do most alike work."""
+        assert self._tables is not None
+
+        def unlike(key: Key) -> float:
+            other = Experts(*key[:-1])  # type: ignore[arg-type]
+            pairs = zip(_sizes(other), _sizes(shape), strict=True)
+            return sum(abs(math.log(a / b)) for a, b in pairs)
+
+        want = (shape.format, distribution)
+        keys = [k for k in self._tables.keys("moe") if (k[0], k[-1]) == want]
+        near = min(keys, key=unlike, default=None)
+        curve = self._tables.curve("moe", near) if near is not None else None
+        if near is None or curve is None:
+            return None
+        return Experts(*near[:-1]), curve  # type: ignore[arg-type]
+
+    def _scaled(self, shape: Experts, near: Experts, curve: Curve) -> Seconds:
+        """The roofline of `shape` at the efficiency that `near` was measured to have."""
+        own, other = self._experts_roofline(shape), self._experts_roofline(near)
+        return lambda m: own(m) * curve(m) / other(m)
 
     def _experts_roofline(self, shape: Experts) -> Seconds:
         weights = 3 * shape.hidden * shape.intermediate / shape.tp
@@ -182,6 +214,14 @@ class Operators:
     def traffic(self, nbytes: float) -> float:
         """Seconds to read or write bytes of memory."""
         return nbytes * self._byte_s
+
+
+def _sizes(shape: Experts) -> tuple[float, ...]:
+    """What makes experts alike: a token's work, an expert's bytes, how many are here, how many
+    a token uses."""
+    expert = shape.hidden * shape.intermediate / shape.tp
+    here = shape.experts / shape.ep
+    return expert * shape.per_token / shape.ep, expert, here, float(shape.per_token)
 
 
 BLOCK_SCALED: Final = 1.25

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvasir.core.errors import ConfigError
 from kvasir.core.messages import Capacity
 from kvasir.core.specs import Deployment, PoolSpec
-from kvasir.core.specs.deployment import FittedCost
+from kvasir.core.specs.deployment import FittedCost, MeasuredCost
+from kvasir.core.specs.model import ModelShape
 from kvasir.cost.catalog import shape_of
-from kvasir.cost.measured import Measured
+from kvasir.cost.measured import Measured, kv_tokens
 from kvasir.cost.step import Fitted, Roofline, StepModel, kv_blocks
 from kvasir.cost.tables import SystemTables
 
@@ -32,14 +34,27 @@ def step_model(
     return Measured(shape, hardware, pool.tp, pool.pp, pool.cost, found)
 
 
+def _blocks_that_fit(deployment: Deployment, pool: PoolSpec, shape: ModelShape) -> int:
+    hardware = deployment.hardware_of(pool)
+    if not isinstance(pool.cost, MeasuredCost):
+        return kv_blocks(
+            shape, hardware, pool.tp, pool.pp, deployment.block_size, pool.memory_fraction
+        )
+    tokens = kv_tokens(shape, hardware, pool.tp, pool.pp, pool.cost, pool.memory_fraction)
+    if tokens < deployment.block_size:
+        raise ConfigError(
+            f"the weights leave no room for KV on {pool.tp * pool.pp} {hardware.name}",
+            where=f"pools.{pool.name}, memory_fraction {pool.memory_fraction}",
+            next_step="raise tp or pp, or take hardware with more memory",
+        )
+    return tokens // deployment.block_size
+
+
 def capacity_of(deployment: Deployment, pool: PoolSpec) -> Capacity:
     """What an instance of the pool can hold. Raises ConfigError when the weights do not fit."""
     model = deployment.model_of(pool)
     shape = shape_of(model)
-    blocks = pool.kv_blocks or kv_blocks(
-        shape, deployment.hardware_of(pool), pool.tp, pool.pp, deployment.block_size,
-        pool.memory_fraction,
-    )  # fmt: skip
+    blocks = pool.kv_blocks or _blocks_that_fit(deployment, pool, shape)
     return Capacity(
         kv_blocks=blocks,
         block_size=deployment.block_size,

@@ -4,7 +4,9 @@ Knows operators, axes and logarithms. Must not know models, batches, or where th
 `measure/calibration.py` reads them. The format is written by `tools/make_cost_tables.py`.
 
 A latency is kept as a 16-bit code on a logarithmic scale, so neighbours are interpolated in log
-space by interpolating codes. Code 0 is a point that was not measured.
+space by interpolating codes. Code 0 is a point that was not measured. Single measurements that a
+disturbance made slower than a larger problem of the same kind count as that one: whoever can do
+more rows in less time pads to them (`settle`).
 """
 
 from __future__ import annotations
@@ -75,6 +77,15 @@ class Packed(msgspec.Struct, frozen=True):
     system: str
     source: str
     tables: tuple[Table, ...]
+
+
+def settle(codes: Sequence[int]) -> list[int]:
+    """Codes along a growing axis, none above a later one; 0 stays 0."""
+    settled, least = [0] * len(codes), 65535
+    for i in range(len(codes) - 1, -1, -1):
+        if codes[i]:
+            settled[i] = least = min(least, codes[i])
+    return settled
 
 
 class Curve:
@@ -181,15 +192,13 @@ class SystemTables:
             return None
         n_axis, k_axis, m_axis = self._tables["gemm"].axes
         in_n, in_k = bracket(n_axis, n), bracket(k_axis, k)
+        starts = [(a * len(k_axis) + b) * len(m_axis)
+                  for a in (in_n.low, in_n.high) for b in (in_k.low, in_k.high)]  # fmt: skip
+        corners = [settle(codes[at : at + len(m_axis)]) for at in starts]
         points = []
-        for i, m in enumerate(m_axis):
-            corners = [
-                codes[(a * len(k_axis) + b) * len(m_axis) + i]
-                for a in (in_n.low, in_n.high) for b in (in_k.low, in_k.high)
-            ]  # fmt: skip
-            if all(corners):
-                low = corners[0] + in_k.share * (corners[1] - corners[0])
-                high = corners[2] + in_k.share * (corners[3] - corners[2])
+        for m, ll, lh, hl, hh in zip(m_axis, *corners, strict=True):
+            if ll and lh and hl and hh:
+                low, high = ll + in_k.share * (lh - ll), hl + in_k.share * (hh - hl)
                 points.append((float(m), decode(low + in_n.share * (high - low))))
         return Found(Curve(points), max(in_n.source, in_k.source)) if points else None
 
@@ -216,4 +225,5 @@ class SystemTables:
 
     @staticmethod
     def _points(axis: Sequence[int], codes: Sequence[int]) -> Curve:
-        return Curve([(float(x), decode(c)) for x, c in zip(axis, codes, strict=True) if c])
+        settled = settle(codes)
+        return Curve([(float(x), decode(c)) for x, c in zip(axis, settled, strict=True) if c])

@@ -133,8 +133,9 @@ class Runner(Protocol):
         index + 1 >= end_at.
 
         `RowDone.keys` names the full blocks that follow those named before: beyond `keys_count` at
-        first, then each block once and in order, wherever its KV was made. Sampled text depends on (seed, index) and the tokens before, not on batch neighbours,
-        chunks or resumption; without a seed, on the request id in its stead.
+        first, then each block once and in order, wherever its KV was made. Sampled text depends on
+        (seed, index) and the tokens before, not on batch neighbours, chunks or resumption; without
+        a seed, on the request id in its stead.
         """
 
     def close(self, request_id: RequestId, attempt: int) -> None:

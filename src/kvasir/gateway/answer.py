@@ -37,15 +37,15 @@ class Answer:
 
     def take(self, tokens: Sequence[int]) -> bytes:
         """One event a token, or nothing to send yet."""
-        push = self._push
-        if self.chunks is None:
-            self.ids.extend(tokens)
-            self.parts.extend([push(token) for token in tokens])
+        push, chunks = self._push, self.chunks
+        if chunks is None:
+            self.ids += tokens
+            self.parts += [push(token) for token in tokens]
             return b""
-        event = self.chunks.token
         if len(tokens) == 1:
-            return event(push(tokens[0]), tokens[0])
-        return b"".join([event(push(token), token) for token in tokens])
+            (token,) = tokens
+            return chunks.token(push(token), token)
+        return b"".join([chunks.token(push(token), token) for token in tokens])
 
     def _push_matched(self, token: int) -> str:
         assert self.stops is not None

@@ -20,7 +20,7 @@ from typing import Any
 import uvloop
 
 from kvasir.core import effects as fx
-from kvasir.core.errors import ConfigError
+from kvasir.core.errors import ConfigError, ModelError
 from kvasir.core.ids import CONDUCTOR, WorkerId
 from kvasir.core.messages import Start
 from kvasir.core.specs import Deployment
@@ -31,7 +31,7 @@ from kvasir.gateway.serve import serve_http
 from kvasir.gateway.tokenize import TextModel
 from kvasir.node.build import build_requests
 from kvasir.node.conductor import Conductor
-from kvasir.observe.metrics import Metrics
+from kvasir.observe.metrics import Holding, Metrics
 from kvasir.runtime.local import Fleet
 from kvasir.runtime.plan import GATEWAY, MAIN, address
 from kvasir.world.journal import Journal
@@ -49,7 +49,7 @@ class Platform:
         self, deployment: Deployment, texts: dict[str, Text], run_dir: str, record: Path | None
     ) -> None:
         self.deployment = deployment
-        self.failed: set[WorkerId] = set()
+        self.failed: dict[WorkerId, str] = {}  # workers given up, and what the user can mend
         self.metrics = Metrics([m.name for m in deployment.models])
         self.bus = Bus()
         self.bus.observe = self.metrics.see
@@ -67,7 +67,7 @@ class Platform:
             journal=self._journal(record, GATEWAY, "gateway", limits), observe=self.metrics.see,
         )  # fmt: skip
         self.fleet = Fleet(
-            deployment, run_dir, record, on_gone=self._gone, on_lost=self.failed.add
+            deployment, run_dir, record, on_gone=self._gone, on_lost=self.failed.__setitem__
         )
         self.wire = self.bus.wire = Wire(
             address(run_dir, MAIN), self.bus.deliver, lambda node: address(run_dir, node),
@@ -102,19 +102,27 @@ class Platform:
 
     def gauges(self) -> None:
         """Copy what the nodes hold into the gauges."""
-        usage = {}
+        usage, holdings = {}, {}
         for member in self.conductor.members.values():
-            if member.load is not None:
-                total = member.hello.capacity.kv_blocks
-                usage[member.id] = 1 - member.load.kv_blocks_free / total
+            load = member.load
+            if load is not None:
+                held = member.blocks_total - load.kv_blocks_free
+                usage[member.id] = held / member.blocks_total
+                holdings[member.id] = Holding(
+                    held, load.leases, load.quarantined, len(member.holds)
+                )
         queued = len(self.conductor.queue) + len(self.conductor.choosing)
         self.metrics.gauges(queued, len(self.requests.lives) - queued, usage)
+        self.metrics.holdings(holdings)
 
     async def watch(self, say: Say) -> None:
         """Refresh gauges; end when a worker cannot be kept alive."""
         while not self.failed:
             self.gauges()
             await asyncio.sleep(GAUGES_S)
+        for worker, fault in self.failed.items():
+            if fault:
+                raise ModelError(f"{worker}: {fault}")
         raise ConfigError(
             f"{', '.join(sorted(self.failed))} ended again and again; its last words are above",
             next_step="read them, or try --engine fake",

@@ -1,7 +1,8 @@
 """The cluster's prefix index: which worker holds which block. Lives in the conductor.
 
 Built from each worker's sequence-numbered KvEvents. A gap means that this one worker's part is not
-to be trusted: it is dropped and asked for again. Knows keys and worker ids, nothing of load.
+to be trusted: it is dropped, stays empty until all of it has been told anew, and what was overtaken
+says nothing any more. Knows keys and worker ids, nothing of load.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class PrefixIndex:
         self._mask: dict[BlockKey, int] = {}
         self._bit: dict[WorkerId, int] = {}
         self._free_bits: list[int] = []
-        self._seq: dict[WorkerId, tuple[Incarnation, int]] = {}
+        self._seq: dict[WorkerId, tuple[Incarnation, int]] = {}  # the newest that came
+        self._broken: dict[WorkerId, None] = {}  # a gap, and no reset since
         self._keys: dict[WorkerId, dict[BlockKey, None]] = {}
 
     def join(self, worker: WorkerId, incarnation: Incarnation) -> None:
@@ -32,6 +34,7 @@ class PrefixIndex:
         if worker in self._bit:
             self._drop(worker, list(self._keys[worker]))
             self._free_bits.append(self._bit.pop(worker))
+            self._broken.pop(worker, None)
             del self._keys[worker], self._seq[worker]
 
     def apply(
@@ -44,21 +47,24 @@ class PrefixIndex:
         *,
         reset: bool = False,
     ) -> bool:
-        """Fold one event message in. False: a gap; the worker's part is empty until a reset."""
+        """Fold one event message in. False: the worker's part is empty until a newer reset."""
         known = self._seq.get(worker)
         if known is None or known[0] != incarnation:
             return True  # not a member, or a message of a past life: nothing to repair
-        if reset:
-            self._drop(worker, list(self._keys[worker]))
-        elif seq <= known[1]:
-            return True  # a duplicate
-        elif seq != known[1] + 1:
-            self._drop(worker, list(self._keys[worker]))
-            return False
+        if seq <= known[1]:
+            return worker not in self._broken  # a duplicate, or overtaken
         self._seq[worker] = (incarnation, seq)
-        self._drop(worker, removed)
-        self._add(worker, added)
-        return True
+        if reset:
+            self._broken.pop(worker, None)
+        elif worker in self._broken or seq != known[1] + 1:
+            self._broken[worker] = None
+        whole = worker not in self._broken
+        if reset or not whole:
+            self._drop(worker, list(self._keys[worker]))
+        if whole:
+            self._drop(worker, removed)
+            self._add(worker, added)
+        return whole
 
     def match(self, keys: Sequence[BlockKey]) -> dict[WorkerId, int]:
         """Leading blocks that each worker holds; workers with none are left out."""
@@ -111,3 +117,4 @@ class PrefixIndex:
         for worker, keys in self._keys.items():
             bit = 1 << self._bit[worker]
             assert all(self._mask[k] & bit for k in keys)
+            assert not keys or worker not in self._broken

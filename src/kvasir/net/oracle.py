@@ -201,7 +201,8 @@ class Oracle:
 
         Without a reading younger than `telemetry_ttl_s`, `tier` uses the static bandwidth and says
         so; its own share 1 / (1 + n) stays, since n is never stale. No bytes take the latency.
-        Raises KeyError for an unknown worker. O(1); `path` O(path length), `exact_maxmin` one solve.
+        Raises KeyError for an unknown worker. O(1), except `path`: O(path length), and
+        `exact_maxmin`: one solve.
         """
         pair = self._pair(src, dst)
         idle_s = nbytes * pair.byte_s

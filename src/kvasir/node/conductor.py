@@ -9,7 +9,7 @@ it, and the gateway submits the next one with what it has emitted so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from kvasir.core.effects import AnyEffect, Note, Tell, Timer
@@ -48,13 +48,15 @@ from kvasir.cost.step import StepModel
 from kvasir.kv.prefix import PrefixIndex
 from kvasir.net.oracle import Oracle
 from kvasir.net.topology import Topology
-from kvasir.node.placement import Placement, RouteWindow, State
+from kvasir.node.admission import Admission
+from kvasir.node.placement import Ground, Placement, RouteWindow, State
 from kvasir.node.registry import Hold, Member
 from kvasir.policy.admit import ADMITS
-from kvasir.policy.route import ROUTES, RouteMemory
+from kvasir.policy.route import ROUTES, Choice, RouteMemory
 from kvasir.policy.route.stay import stays
 
 BEAT = "beat"
+DECODE_WEIGHT = 0.05  # of the newest request in the mean time of a decode
 
 
 class Conductor:
@@ -75,6 +77,10 @@ class Conductor:
         self.route = ROUTES[self.spec.name]
         self._admit = ADMITS[deployment.policy.admit]
         self._memory = RouteMemory()
+        self._ground = Ground(
+            self.spec, deployment.block_size, deployment.seed, self.members, self.index, self.oracle
+        )
+        self.decode_s_mean: float | None = None  # of finished requests: from prefilled to over
         self._costs: dict[str, StepModel] = {
             pool.name: step_model(deployment, pool) for pool in deployment.pools
         }
@@ -207,7 +213,7 @@ class Conductor:
         if old is not None:
             self._drop(old, "superseded")
         placement = Placement(event, self._now)
-        verdict = self._admit(_Admission(self, placement))
+        verdict = self._admit(Admission(self, placement, "arrival"))
         if verdict.status and event.attempt == 1:
             self._refuse(placement, verdict.status, verdict.reason, verdict.retry_after_s)
             return
@@ -235,27 +241,29 @@ class Conductor:
         stay = stays(self._window(p, "decode", decoders)) if decoders else None
         if stay is not None:
             return self._run_whole(p, self.members[stay.worker], stay.why)
-        prefillers = self._able(p, "prefill")
-        if not prefillers or not self._able(p, "decode"):
+        prefillers = self.able(p, "prefill")
+        if not prefillers or not self.able(p, "decode"):
             return self._place_without_a_role(p)
-        choice, memory = self.route(self._window(p, "prefill", prefillers), self._memory)
+        window = self._window(p, "prefill", prefillers, decoders=decoders)
+        choice, memory = self.route(window, self._memory)
         prefiller = self.members[choice.worker]
-        if "mixed" in prefiller.hello.roles:  # what a mixed worker prefills it keeps
+        if choice.decode not in ("", choice.worker):  # the policy named both
+            self._memory = memory
+            return self._dispatch_pair(p, prefiller, choice, choice.why)
+        if choice.decode or prefiller.mixed:  # what a mixed worker prefills it keeps
             self._memory = memory
             return self._fits(p, prefiller) and self._run_whole(p, prefiller, choice.why)
         if self.spec.decode_choice == "prefill_end":
             self._memory = memory
             self._dispatch_prefill(p, prefiller, "", choice.why)
             return True
-        decoders = [m for m in decoders if "mixed" not in m.hello.roles] or decoders
+        decoders = [m for m in decoders if not m.mixed] or decoders
         if not decoders:
             return False
         window = self._window(p, "decode", decoders, prefiller)
         target, self._memory = self.route(window, memory)
-        p.transfer_s = target.estimate_s
-        self._dispatch_prefill(p, prefiller, target.worker, f"{choice.why}; {target.why}")
-        self._dispatch_decode(p, self.members[target.worker])
-        return True
+        target = target._replace(decode=target.worker)
+        return self._dispatch_pair(p, prefiller, target, f"{choice.why}; {target.why}")
 
     def _place_without_a_role(self, p: Placement) -> bool:
         """All prefill or all decode workers are gone: any worker of the model runs both phases."""
@@ -282,18 +290,18 @@ class Conductor:
         return True
 
     def _window(
-        self, p: Placement, stage: Any, candidates: list[Member], source: Member | None = None
-    ) -> RouteWindow:
-        size = self.deployment.block_size
-        return RouteWindow(p, stage, candidates, self.spec, size, self.oracle, self._now,
-                           source=source)  # fmt: skip
+        self, p: Placement, stage: Any, candidates: list[Member], source: Member | None = None,
+        decoders: Sequence[Member] = (),
+    ) -> RouteWindow:  # fmt: skip
+        return RouteWindow(self._ground, p, stage, candidates, self._now, source=source,
+                           decoders=decoders)  # fmt: skip
 
-    def _able(self, p: Placement, role: str) -> list[Member]:
+    def able(self, p: Placement, role: str) -> list[Member]:
         model = p.request.model
         return [m for m in self.members.values() if m.may(role) and m.hello.model == model]
 
     def _roomy(self, p: Placement, role: str) -> list[Member]:
-        return [m for m in self._able(p, role) if self._fits(p, m)]
+        return [m for m in self.able(p, role) if self._fits(p, m)]
 
     def _fits(self, p: Placement, m: Member) -> bool:
         """NetKV's feasibility: free KV, less what is reserved, holds the request and a reserve. A
@@ -313,10 +321,15 @@ class Conductor:
         p.path, p.decode = "aggregated", m.id
         p.prefill, p.shipped = m.id, True
         self._placed(p)
-        hold = Hold(p.attempt, self._blocks(p, m), self._prefill_s(p, m), p.input_tokens, self._now)
-        m.hold(p.id, hold)
+        self._hold(p, m, self._blocks(p, m), prefills=True, decodes=True)
         self._dispatch(p, m, "both")
         self._tell_placed(p, why)
+        return True
+
+    def _dispatch_pair(self, p: Placement, m: Member, target: Choice, why: str) -> bool:
+        p.transfer_s = target.estimate_s
+        self._dispatch_prefill(p, m, target.decode, why)
+        self._dispatch_decode(p, self.members[target.decode])
         return True
 
     def _dispatch_prefill(self, p: Placement, m: Member, decode: WorkerId, why: str) -> None:
@@ -324,22 +337,32 @@ class Conductor:
         self._placed(p)
         size = self.deployment.block_size
         blocks = -(-p.input_tokens // size) - p.hits.get(m.id, 0)
-        m.hold(p.id, Hold(p.attempt, blocks, self._prefill_s(p, m), 0, self._now))
+        self._hold(p, m, blocks, prefills=True)
         self._dispatch(p, m, "prefill")
         self._tell_placed(p, why)
 
     def _dispatch_decode(self, p: Placement, m: Member) -> None:
         if p.state is State.CHOOSING:
             p.state = State.DECODE
-        blocks = self._blocks(p, m)
-        m.hold(p.id, Hold(p.attempt, blocks, 0.0, p.input_tokens, self._now))
+        self._hold(p, m, self._blocks(p, m), decodes=True)
         nbytes = self._window(p, "decode", [m]).transfer_bytes(m.id)
         self.oracle.begin(p.transfer_id, p.prefill, m.id, nbytes, self._now)
         self._dispatch(p, m, "decode")
 
-    def _prefill_s(self, p: Placement, m: Member) -> float:
-        p.prefill_hit = p.hits.get(m.id, 0)
-        return m.predict_prefill(p.input_tokens, p.prefill_hit * self.deployment.block_size)
+    def _hold(
+        self, p: Placement, m: Member, blocks: int, *, prefills: bool = False, decodes: bool = False
+    ) -> None:
+        """Reserve what the attempt will cost `m`."""
+        hold = Hold(p.attempt, blocks, since=self._now)
+        if prefills:
+            p.prefill_hit = p.hits.get(m.id, 0)
+            cached = p.prefill_hit * self.deployment.block_size
+            hold.prefill_s = m.predict_prefill(p.input_tokens, cached)
+            hold.prefill_tokens = max(p.input_tokens - cached, 1)
+            p.prefilled_at = self._now + m.prefill_s + hold.prefill_s
+        if decodes:
+            hold.context_tokens = p.input_tokens
+        m.hold(p.id, hold)
 
     def _placed(self, p: Placement) -> None:
         p.state, p.placed_at = State.PREFILL, self._now
@@ -391,7 +414,12 @@ class Conductor:
         p = self._current(event.request_id, event.attempt)
         if p is None or p.state is not State.PREFILL or p.prefill != event.worker:
             return
-        if p.decode:
+        p.prefilled_at = self._now
+        verdict = self._admit(Admission(self, p, "decode"))
+        if verdict.status and p.attempt == 1:
+            self._drop(p, verdict.reason)
+            self._refuse(p, verdict.status, verdict.reason, verdict.retry_after_s)
+        elif p.decode:
             p.state = State.DECODE
         else:
             p.state = State.CHOOSING
@@ -416,6 +444,12 @@ class Conductor:
             if worker != event.worker and p.needs(worker):
                 self._tell(worker, Abort(self.epoch, p.id, p.attempt, "finished"))
         self._free(p)
+        if p.state is State.DECODE:
+            decode_s = self._now - p.prefilled_at
+            old = self.decode_s_mean
+            self.decode_s_mean = (
+                decode_s if old is None else old + DECODE_WEIGHT * (decode_s - old)
+            )
         p.state, p.finished, p.placed_at = State.FINISHED, event, self._now
 
     def _on_ended(self, event: Ended) -> None:
@@ -501,17 +535,3 @@ class Conductor:
             assert (p in self.choosing) == (p.state is State.CHOOSING), p.id
         self.oracle.check()
         self.index.check()
-
-
-class _Admission:
-    """`policy.admit.AdmitView` over the conductor."""
-
-    def __init__(self, conductor: Conductor, placement: Placement) -> None:
-        size = conductor.deployment.block_size
-        model = placement.request.model
-        able = [m for m in conductor.members.values() if m.hello.model == model]
-        able = [m for m in able if m.hello.roles != ("prefill",)] or able  # where it would end
-        self.queued = len(conductor.queue)
-        self.queue_max = conductor.limits.queue_max
-        self.blocks_needed = -(-placement.request.total_tokens_max // size)
-        self.blocks_max = max((m.blocks_total for m in able), default=0)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
-from kvasir.core.ids import RequestId, WorkerId
+from kvasir.core.ids import BlockKey, RequestId, WorkerId
 from kvasir.core.messages import Finished, Path, Submit
 from kvasir.core.specs import RouteSpec
-from kvasir.net.oracle import Oracle
+from kvasir.kv.prefix import PrefixIndex
+from kvasir.net.oracle import Arm, Oracle
 from kvasir.node.registry import Member
 from kvasir.policy.route.view import Transfer
+
+STAY: Final = Transfer(0.0, "stay")
 
 
 class State(IntEnum):
@@ -28,7 +31,8 @@ class Placement:
 
     __slots__ = (
         "attempt", "decode", "emitted", "finished", "hits", "path", "placed_at",
-        "prefill", "prefill_hit", "queued_at", "request", "shipped", "state", "transfer_s",
+        "prefill", "prefill_hit", "prefilled_at", "queued_at", "request", "shipped", "state",
+        "transfer_s",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, now: float) -> None:
@@ -45,6 +49,7 @@ class Placement:
         self.shipped = False
         self.queued_at = now
         self.placed_at = now
+        self.prefilled_at = now  # until prefill is over: when it should be
         self.finished: Finished | None = None
 
     @property
@@ -69,42 +74,67 @@ class Placement:
         return [w for w in dict.fromkeys((self.prefill, self.decode)) if w]
 
 
+class Ground(NamedTuple):
+    """What all decisions of one conductor stand on. `members` and `prefixes` are its own, live."""
+
+    spec: RouteSpec
+    block_size: int
+    seed: int
+    members: Mapping[WorkerId, Member]
+    prefixes: PrefixIndex
+    oracle: Oracle
+
+
 class RouteWindow:
     """`policy.route.RouteView` over a placement: read-only, valid during one decision."""
 
     __slots__ = (
-        "_members", "_now", "_oracle", "_placement", "block_size", "candidates", "prefill_ahead_s",
-        "source", "spec", "stage",
+        "_ground", "_now", "_placement", "block_size", "candidates", "decoders", "fetches",
+        "prefill_ahead_s", "seed", "source", "spec", "stage",
     )  # fmt: skip
 
     def __init__(
-        self, placement: Placement, stage: Literal["prefill", "decode"],
-        candidates: Sequence[Member], spec: RouteSpec, block_size: int, oracle: Oracle, now: float,
-        *, source: Member | None = None,
+        self, ground: Ground, placement: Placement, stage: Literal["prefill", "decode"],
+        candidates: Sequence[Member], now: float, *, source: Member | None = None,
+        decoders: Sequence[Member] = (),
     ) -> None:  # fmt: skip
+        self._ground = ground
         self._placement = placement
-        self._oracle = oracle
         self._now = now
-        self._members = {m.id: m for m in candidates}
         self.stage: Literal["prefill", "decode"] = stage
         self.candidates: Sequence[Member] = candidates
-        self.spec = spec
-        self.block_size = block_size
+        self.decoders: Sequence[Member] = decoders
+        self.spec = ground.spec
+        self.block_size = ground.block_size
+        self.seed = ground.seed
+        self.fetches = False  # no worker takes a prefix from a peer yet
         self.source = source.id if source is not None else ""
         self.prefill_ahead_s = 0.0
         if source is not None and placement.state is State.QUEUED:
-            cached = placement.hits.get(source.id, 0) * block_size
+            cached = placement.hits.get(source.id, 0) * self.block_size
             self.prefill_ahead_s = source.predict_prefill(placement.input_tokens, cached)
 
     def only(self, worker: WorkerId) -> RouteWindow:
         """The same window with one candidate: what a policy would say of it alone."""
         window = copy.copy(self)
-        window.candidates = [self._members[worker]]
+        window.candidates = [self._ground.members[worker]]
         return window
 
     @property
     def request_id(self) -> RequestId:
         return self._placement.request.id
+
+    @property
+    def attempt(self) -> int:
+        return self._placement.attempt
+
+    @property
+    def session(self) -> str | None:
+        return self._placement.request.session
+
+    @property
+    def keys(self) -> Sequence[BlockKey]:
+        return self._placement.request.keys
 
     @property
     def input_tokens(self) -> int:
@@ -114,17 +144,26 @@ class RouteWindow:
     def hits(self) -> dict[WorkerId, int]:
         return self._placement.hits
 
-    def transfer_bytes(self, target: WorkerId) -> int:
-        """Block-rounded input less what `target` holds, times KV bytes per token."""
-        blocks = -(-self._placement.input_tokens // self.block_size)
-        lacking = blocks - self._placement.hits.get(target, 0)
-        token_bytes = self._members[target].hello.capacity.kv_token_bytes
-        return max(lacking, 0) * self.block_size * token_bytes
+    def blocks_cached(self, worker: WorkerId) -> int:
+        return self._ground.prefixes.blocks_of(worker)
 
-    def transfer(self, target: WorkerId) -> Transfer:
-        if target == self.source or not self.source:
-            return Transfer(0.0, "stay")
-        estimate = self._oracle.estimate(
-            self.source, target, self.transfer_bytes(target), self._now, self.spec.oracle
+    def transfer_bytes(self, target: WorkerId, blocks: int | None = None) -> int:
+        """KV bytes of `blocks`; unless given, those of the block-rounded input that `target` does
+        not hold."""
+        if blocks is None:
+            whole = -(-self._placement.input_tokens // self.block_size)
+            blocks = whole - self._placement.hits.get(target, 0)
+        token_bytes = self._ground.members[target].hello.capacity.kv_token_bytes
+        return max(blocks, 0) * self.block_size * token_bytes
+
+    def transfer(
+        self, target: WorkerId, source: WorkerId = "", blocks: int | None = None,
+        arm: Arm | None = None,
+    ) -> Transfer:  # fmt: skip
+        source = source or self.source
+        if target == source or not source:
+            return STAY
+        estimate = self._ground.oracle.estimate(
+            source, target, self.transfer_bytes(target, blocks), self._now, arm or self.spec.oracle
         )
         return Transfer(estimate.seconds, estimate.source)

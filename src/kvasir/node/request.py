@@ -45,14 +45,15 @@ class Life:
     """One request. `emitted` output tokens stand at the gateway, in order, each once."""
 
     __slots__ = (
-        "arrived_at", "attempt", "deaths", "decode", "emitted", "first_at", "last_at", "path",
-        "prefill", "report", "request", "second_at", "submitted_at",
+        "arrived_at", "attempt", "deaths", "decode", "emitted", "end", "first_at", "last_at",
+        "path", "prefill", "report", "request", "second_at", "submitted_at",
     )  # fmt: skip
 
     def __init__(self, request: Request, now: float) -> None:
         self.request = request
         self.attempt = 1
         self.emitted = 0
+        self.end: EndReason | None = None  # the last emitted token ends the text
         self.deaths = 0  # workers that ended while they served it
         self.arrived_at = now
         self.submitted_at = now
@@ -128,8 +129,8 @@ class Requests:
             if worker not in (life.prefill, life.decode):
                 count = life.request.prompt_tokens + life.emitted
                 self._tell(worker, Prompt(event.request_id, event.attempt, count))
-        if not life.path:
-            life.path = event.path
+        if not life.prefill:  # the first place of this attempt
+            life.path = life.path or event.path
             self._out.append(Reply(event.request_id, life.emitted, 0, path=event.path))
         life.prefill, life.decode = event.prefill, event.decode
 
@@ -154,6 +155,7 @@ class Requests:
         life.last_at = self._now
         self._out.append(Reply(drawn.request_id, life.emitted, new))
         life.emitted += new
+        life.end = drawn.end or None
 
     def _on_done(self, event: Done) -> None:
         life = self._current(event.request_id, event.attempt)
@@ -175,8 +177,8 @@ class Requests:
 
     def _again(self, life: Life, reason: str) -> None:
         request = life.request
-        if life.emitted >= request.max_tokens:
-            self._close(life, "length")
+        if life.end is not None or life.emitted >= request.max_tokens:
+            self._close(life, life.end or "length")
             return
         if life.attempt >= self.attempts_max or life.deaths >= self.deaths_max:
             self._out.append(

@@ -286,6 +286,8 @@ class Worker:
         work.inbound = False
         if work.dead:
             self._bury(work)
+        elif event.by_sender:
+            return  # the conductor's word on this attempt comes, or `kv_wait_s` ends
         elif not event.ok:
             self._note(TransferFailed(work.id, self.config.worker, event.reason))
             self._give_up(work, event.reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -123,6 +123,24 @@ def _bounded(seen: set[str], value: str) -> str:
     return value
 
 
+class Holding(NamedTuple):
+    """What one worker holds now; all zero when nothing is asked of it."""
+
+    kv_blocks: int
+    leases: int
+    quarantined: int
+    reservations: int
+
+
+# name, meaning: in the order of Holding's fields
+HOLDINGS: Final = (
+    ("kvasir_kv_blocks_held", "KV blocks of living sequences; cached ones are not counted."),
+    ("kvasir_leases", "Prefilled sequences whose KV is kept for a decode worker."),
+    ("kvasir_quarantined", "Dead sequences whose blocks a step or a transfer still touches."),
+    ("kvasir_reservations", "Attempts that the conductor counts on the worker for."),
+)
+
+
 class Metrics(Collector):
     """All metrics of one process. `models` are the served ones; any other is counted as `other`."""
 
@@ -170,6 +188,7 @@ class Metrics(Collector):
         self._duration = Histogram("kvasir_request_seconds", "From a request's arrival to its end.")
         self._queued = self._running = 0
         self._kv_usage: dict[WorkerId, float] = {}
+        self._holdings: dict[WorkerId, Holding] = {}
         self._up: dict[WorkerId, tuple[Incarnation, bool]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -218,13 +237,18 @@ class Metrics(Collector):
     def token_gap(self, seconds: float, extra: int = 0) -> None:
         """One gap between tokens; `extra` more tokens came together with the later one."""
         gap = self._gap
-        gap.counts[bisect_left(SECONDS, seconds)] += 1
-        gap.counts[0] += extra
         gap.sum += seconds
+        gap.counts[bisect_left(SECONDS, seconds)] += 1
+        if extra:
+            gap.counts[0] += extra
 
     def gauges(self, queued: int, running: int, kv_usage: Mapping[WorkerId, float]) -> None:
         """The state now; `kv_usage` is each worker's share of KV blocks in use, 0 to 1."""
         self._queued, self._running, self._kv_usage = queued, running, dict(kv_usage)
+
+    def holdings(self, held: Mapping[WorkerId, Holding]) -> None:
+        """The state now, of each worker that has been heard."""
+        self._holdings = dict(held)
 
     def _model(self, name: str) -> str:
         return name if name in self._models else OTHER
@@ -259,6 +283,8 @@ class Metrics(Collector):
         yield _by_worker(
             "kvasir_kv_cache_usage_ratio", "KV blocks in use, 0 to 1.", self._kv_usage
         )
+        for i, (name, help_text) in enumerate(HOLDINGS):
+            yield _by_worker(name, help_text, {w: held[i] for w, held in self._holdings.items()})
         up = {worker: float(is_up) for worker, (_, is_up) in self._up.items()}
         yield _by_worker("kvasir_worker_up", "1 while the worker is there.", up)
         yield _gauge("kvasir_workers_up", "Workers that are there.", sum(up.values()))

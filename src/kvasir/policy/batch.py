@@ -100,14 +100,15 @@ def _fill(view: BatchView, order: tuple[int, ...]) -> Batch:
 
 
 def _run(view: BatchView) -> tuple[list[int], list[int], int, int]:
-    """Counts for running sequences; the youngest are preempted until the older ones fit."""
+    """Counts for running sequences, at most `batch_max` of them; the youngest are preempted until
+    the older ones fit."""
     running, size = view.running, view.block_size
     budget, blocks = view.batch_tokens_max, view.blocks_available
     counts = [0] * len(running)
     preempted: list[int] = []
     last = len(running)
     i = 0
-    while i < last and budget > 0:
+    while i < min(last, view.batch_max) and budget > 0:
         work = running[i]
         count = min(work.known - work.computed, budget, view.chunk_tokens)
         need = -(-(work.computed + count) // size) - work.blocks_held

@@ -57,10 +57,13 @@ def explain(directory: Path, request_id: RequestId) -> list[Decision]:
     ) -> Decision:
         assert isinstance(view, RouteWindow)
         candidates = []
+        if choice.worker == choice.decode:  # it keeps both phases, and need not be a candidate
+            hits = view.hits.get(choice.worker, 0)
+            candidates.append(Candidate(choice.worker, hits, choice.why, True))
         for worker in view.candidates:
             alone, _ = policy(view.only(worker.id), memory)
             hits = view.hits.get(worker.id, 0)
-            chosen = worker.id == choice.worker
+            chosen = worker.id == choice.worker != choice.decode
             why = choice.why if chosen else alone.why
             candidates.append(Candidate(worker.id, hits, why, chosen))
         return Decision(view.stage, now, view.input_tokens, tuple(candidates))

@@ -16,7 +16,7 @@ from pathlib import Path
 from kvasir.core.ids import WorkerId
 from kvasir.core.messages import WorkerGone
 from kvasir.core.specs import Deployment
-from kvasir.runtime.plan import StartFile
+from kvasir.runtime.plan import UNUSABLE, StartFile
 
 RESTARTS_MAX = 5  # in a row, without having lived for STABLE_S
 STABLE_S = 30.0
@@ -25,11 +25,12 @@ STOP_S = 5.0
 
 
 class Fleet:
-    """All workers of a deployment. `on_gone` hears of each death, `on_lost` of one given up."""
+    """All workers of a deployment. `on_gone` hears of each death, `on_lost` of one given up, with
+    the fault that no restart can mend, if there is one."""
 
     def __init__(
         self, deployment: Deployment, run_dir: str, record: Path | None, *,
-        on_gone: Callable[[WorkerGone], None], on_lost: Callable[[WorkerId], None],
+        on_gone: Callable[[WorkerGone], None], on_lost: Callable[[WorkerId, str], None],
     ) -> None:  # fmt: skip
         self._deployment = deployment
         self._json = deployment.model_dump_json()
@@ -54,29 +55,32 @@ class Fleet:
         while not self._stopping:
             incarnation += 1
             began = loop.time()
-            process = await self._spawn(worker, incarnation)
+            start = StartFile(
+                self._json, worker, incarnation, self._run_dir,
+                str(self._record) if self._record is not None else None,
+            )  # fmt: skip
+            process = await self._spawn(start)
             status = await process.wait()
             if self._stopping:
+                return
+            if status == UNUSABLE:
+                self._on_lost(worker, start.fault.read_text())
                 return
             self._on_gone(WorkerGone(worker, incarnation, _words(status)))
             failures = 0 if loop.time() - began > STABLE_S else failures + 1
             if failures > RESTARTS_MAX:
-                self._on_lost(worker)
+                self._on_lost(worker, "")
                 return
             await asyncio.sleep(BACKOFF_S * 2**failures)
 
-    async def _spawn(self, worker: WorkerId, incarnation: int) -> asyncio.subprocess.Process:
-        start = StartFile(
-            self._json, worker, incarnation, self._run_dir,
-            str(self._record) if self._record is not None else None,
-        )  # fmt: skip
+    async def _spawn(self, start: StartFile) -> asyncio.subprocess.Process:
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "kvasir.runtime.worker", str(start.save()),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             env=environment, start_new_session=True,
         )  # fmt: skip
-        self._processes[worker] = process
+        self._processes[start.worker] = process
         return process
 
     async def stop(self) -> None:

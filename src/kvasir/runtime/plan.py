@@ -14,6 +14,7 @@ from kvasir.core.specs import Deployment
 
 GATEWAY: NodeId = "gateway-0"
 MAIN = "main"  # the process of gateway and conductor
+UNUSABLE = 78  # a worker's exit status: no other process could start either
 
 
 class StartFile(msgspec.Struct, frozen=True):
@@ -24,6 +25,11 @@ class StartFile(msgspec.Struct, frozen=True):
     incarnation: int
     run_dir: str
     record: str | None = None
+
+    @property
+    def fault(self) -> Path:
+        """Where the process says why it cannot start, in words for the user."""
+        return Path(self.run_dir) / f"{self.worker}.{self.incarnation}.fault"
 
     def save(self) -> Path:
         path = Path(self.run_dir) / f"{self.worker}.{self.incarnation}.start.json"

@@ -20,6 +20,7 @@ from kvasir.node.conductor import Conductor
 from kvasir.node.config import WorkerConfig
 from kvasir.node.request import Requests
 from kvasir.node.worker import Worker
+from kvasir.runtime.policies import ready
 from kvasir.world import journal
 from kvasir.world.journal import Entry, Header
 
@@ -63,7 +64,9 @@ def build(header: Header) -> Node:
     """The node that a journal's header describes. Raises ConfigError for an unknown kind."""
     config: dict[str, Any] = header.config
     if header.kind == "conductor":
-        return Conductor(Deployment.model_validate(config), epoch=1)
+        deployment = Deployment.model_validate(config)
+        ready(deployment.policy.route)
+        return Conductor(deployment, epoch=1)
     if header.kind == "worker":
         return Worker(msgspec.convert(config, WorkerConfig))
     if header.kind == "gateway":

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
 from kvasir.core.specs import Deployment
+from kvasir.runtime.policies import ready
 from kvasir.traces.workload import workload
 from kvasir.world.sim.run import Result, simulate
 
@@ -24,6 +25,7 @@ class Case(NamedTuple):
 def run_case(case: Case) -> Result:
     """One simulation, a pure function of the case."""
     d = case.deployment
+    ready(d.policy.route)  # a process of its own has imported nothing yet
     return simulate(d, workload(d.workload, d.block_size, case.seed), seed=case.seed)
 
 

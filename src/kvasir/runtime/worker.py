@@ -21,7 +21,7 @@ from kvasir.net.topology import Topology
 from kvasir.node.build import worker_config
 from kvasir.node.config import WorkerConfig
 from kvasir.node.worker import Worker
-from kvasir.runtime.plan import StartFile, address
+from kvasir.runtime.plan import UNUSABLE, StartFile, address
 from kvasir.runtime.runners import make_runner
 from kvasir.world.journal import Journal
 from kvasir.world.live.host import Bus
@@ -29,7 +29,7 @@ from kvasir.world.live.wire import Wire
 from kvasir.world.live.worker import LiveWorker
 
 ORPHAN_S = 0.5  # how often a worker looks whether its parent lives
-FAILED = 70  # exit status: the process cannot go on
+FAILED = 70  # exit status: the process cannot go on; another one may
 
 
 def main(argv: list[str]) -> int:
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     try:
         return uvloop.run(_serve(start))
     except KvasirError as error:
-        print(f"{start.worker}: {error}", file=sys.stderr, flush=True)
-        return FAILED
+        start.fault.write_text(str(error))
+        return UNUSABLE
 
 
 async def _serve(start: StartFile) -> int:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Planes = Sequence[Sequence[Plane]]
 
 Kind = Literal["shm", "tcp"]
+GIVEN_UP = "given up by the sender"  # begins the reason when the sender stopped on purpose
 
 
 class Key(NamedTuple):
@@ -80,6 +81,10 @@ class ReceiveResult:
     transport: str
     reason: str = ""
     trailer: Trailer | None = None
+
+    @property
+    def by_sender(self) -> bool:
+        return not self.ok and self.reason.startswith(GIVEN_UP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvasir.core.errors import TransferError, WireError
 from kvasir.core.units import MIB
-from kvasir.transfer.base import WHOLE, Key, OnReceived, ReceiveResult, Shard, Trailer
+from kvasir.transfer.base import GIVEN_UP, WHOLE, Key, OnReceived, ReceiveResult, Shard, Trailer
 from kvasir.transfer.frames import FrameKind, Header, checksum, decode
 from kvasir.transfer.inbound import Conn, Incoming
 from kvasir.transfer.loop import READ, WRITE, Loop
@@ -186,7 +186,7 @@ class StreamReceiver:
                 incoming = self._expected_on(conn, header)
                 if incoming is not None:
                     text = conn.small.decode(errors="replace")
-                    self._end(incoming, f"given up by the sender: {text}")
+                    self._end(incoming, f"{GIVEN_UP}: {text}")
             case _:
                 raise WireError(f"{header.kind.name} sent to a receiver")
 

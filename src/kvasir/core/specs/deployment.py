@@ -47,7 +47,8 @@ class MeasuredCost(Spec):
     `system` names the tables; empty: those of the pool's hardware. Formats are the tables' own
     names: `bfloat16`, `fp8`, `fp8_block`, `nvfp4`, ...; `moe` empty: as `gemm`. `ep`: experts are
     divided among that many accelerators, each whole. `dp`: attention is copied that often, each
-    copy on tp / dp accelerators with its share of the sequences.
+    copy on tp / dp accelerators with its share of the sequences. `asynchronous`: the host
+    prepares the next step while one runs.
     """
 
     kind: Literal["measured"] = "measured"
@@ -57,6 +58,7 @@ class MeasuredCost(Spec):
     kv: Literal["bfloat16", "fp8"] = "bfloat16"
     ep: int = Field(default=1, gt=0)
     dp: int = Field(default=1, gt=0)
+    asynchronous: bool = True
 
 
 class PoolSpec(Spec):

@@ -7,6 +7,11 @@ arXiv 2407.00079, Algorithm 1 without its transfer term). Decode minimises
     max(T_xfer, T_queue) + T_first                  `cost: overlap`
     max(T_xfer - T_prefill, T_queue) + T_first      `cost: streamed`, KV ships while prefill runs
 
+The family differs in what it asks the oracle (`net.oracle`): `netkv_static` the tier's bandwidth,
+`netkv_self` shared with own transfers, `netkv` with the switches' readings too (or the deployment's
+`oracle` arm), `netkv_path` the narrowest share on the path's links, `exact_maxmin` the rate that
+the transfer would get beside all own ones.
+
 One deviation: the paper's T_queue = (waiting - free slots)+ * t_iter supposes that one slot frees
 per iteration. Here a waiting sequence waits for a departure, and with geometric output lengths of
 mean `o` the j-th departure from a batch of b takes about j * o * t_iter / b.
@@ -14,36 +19,48 @@ mean `o` the j-th departure from a batch of b takes about j * o * t_iter / b.
 
 from __future__ import annotations
 
-from kvasir.policy.route.view import Choice, RouteMemory, RouteView, WorkerView, cached_tokens
+from kvasir.core.specs import RouteSpec
+from kvasir.net.oracle import Arm
+from kvasir.policy.route.view import (
+    OUTPUT_TOKENS_MEAN,
+    Choice,
+    Route,
+    RouteMemory,
+    RouteView,
+    WorkerView,
+    prefill_left_s,
+)
 
-OUTPUT_TOKENS_MEAN = 256  # the o of T_queue, until lengths are measured
 
+def netkv_by(arm: Arm | None) -> Route:
+    """NetKV with an oracle arm; None is the deployment's."""
 
-def netkv(view: RouteView, memory: RouteMemory) -> tuple[Choice, RouteMemory]:
-    """One pass over the candidates; ties by load, then by id."""
-    if view.stage == "prefill":
-        return _soonest_prefill(view), memory
-    return _least_cost_decode(view), memory
+    def netkv(view: RouteView, memory: RouteMemory) -> tuple[Choice, RouteMemory]:
+        """One pass over the candidates; ties by load, then by id."""
+        if view.stage == "prefill":
+            return _soonest_prefill(view), memory
+        return least_cost_decode(view, arm), memory
+
+    return netkv
 
 
 def _soonest_prefill(view: RouteView) -> Choice:
     best, best_key = view.candidates[0], (float("inf"), "")
     for worker in view.candidates:
-        done_s = worker.prefill_s + worker.predict_prefill(
-            view.input_tokens, cached_tokens(view, worker)
-        )
-        if (done_s, worker.id) < best_key:
-            best, best_key = worker, (done_s, worker.id)
+        key = (prefill_left_s(view, worker), worker.id)
+        if key < best_key:
+            best, best_key = worker, key
     return Choice(best.id, f"prefilled in {best_key[0]:.3g} s, hit {view.hits.get(best.id, 0)}")
 
 
-def _least_cost_decode(view: RouteView) -> Choice:
+def least_cost_decode(view: RouteView, arm: Arm | None) -> Choice:
     best: tuple[float, float, str] | None = None
     why, estimate_s = "", 0.0
     for worker in view.candidates:
-        transfer = view.transfer(worker.id)
-        queue_s, first_s = _queue(worker), _first_step(view, worker)
-        cost_s = _combine(view, transfer.seconds, queue_s, first_s)
+        transfer = view.transfer(worker.id, arm=arm)
+        queue_s, first_s = decode_queue_s(worker), first_step_s(view, worker)
+        waits_s = visible_s(view.spec, transfer.seconds, queue_s, view.prefill_ahead_s)
+        cost_s = waits_s + first_s
         key = (cost_s, worker.blocks_reserved / worker.blocks_total, worker.id)
         if best is None or key < best:
             best, estimate_s = key, transfer.seconds
@@ -55,7 +72,7 @@ def _least_cost_decode(view: RouteView) -> Choice:
     return Choice(best[2], why, estimate_s)
 
 
-def _queue(worker: WorkerView) -> float:
+def decode_queue_s(worker: WorkerView) -> float:
     over = worker.decoding - worker.batch_max
     if over < 0:
         return 0.0
@@ -65,14 +82,15 @@ def _queue(worker: WorkerView) -> float:
     return (over + 1) * OUTPUT_TOKENS_MEAN * iteration_s / worker.batch_max
 
 
-def _first_step(view: RouteView, worker: WorkerView) -> float:
+def first_step_s(view: RouteView, worker: WorkerView) -> float:
     batch = min(worker.decoding + 1, worker.batch_max)
     return worker.predict_iteration(batch, worker.context_tokens + view.input_tokens)
 
 
-def _combine(view: RouteView, transfer_s: float, queue_s: float, first_s: float) -> float:
-    if view.spec.cost == "serial":
-        return transfer_s + queue_s + first_s
-    if view.spec.cost == "overlap":
-        return max(transfer_s, queue_s) + first_s
-    return max(transfer_s - view.prefill_ahead_s, queue_s) + first_s
+def visible_s(spec: RouteSpec, transfer_s: float, queue_s: float, prefill_s: float) -> float:
+    """Seconds of transfer and decode queue that a request waits after its prefill."""
+    if spec.cost == "serial":
+        return transfer_s + queue_s
+    if spec.cost == "overlap":
+        return max(transfer_s, queue_s)
+    return max(transfer_s - prefill_s, queue_s)

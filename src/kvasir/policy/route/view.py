@@ -168,4 +168,4 @@ def prefill_left_s(view: RouteView, worker: WorkerView) -> float:
 def draw(view: RouteView, salt: str = "") -> int:
     """64 uniform bits of (seed, request, attempt, stage, salt): the same wherever it is asked."""
     text = f"{view.request_id} {view.attempt} {view.stage} {salt}"
-    return xxh3_64_intdigest(text, seed=view.seed & 0xFFFFFFFFFFFFFFFF)
+    return xxh3_64_intdigest(text.encode(), seed=view.seed & 0xFFFFFFFFFFFFFFFF)

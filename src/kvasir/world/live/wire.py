@@ -100,7 +100,11 @@ class Wire:
             if self._closed or not int(self._inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
             frames = self._inbox.recv_multipart(zmq.NOBLOCK)
-            self._take(frames)
+            try:
+                self._take(frames)
+            except BaseException:  # what else waits here is not announced again
+                self._loop.call_soon(self._readable)
+                raise
         self._loop.call_soon(self._readable)
 
     def _take(self, frames: list[Any]) -> None:

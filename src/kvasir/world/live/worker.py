@@ -41,10 +41,13 @@ PERFORMS = (
 
 
 class Opening(NamedTuple):
-    """What `Runner.open` needs of a dispatch."""
+    """What a dispatch says of its attempt: for `Runner.open`, and where tokens go from which
+    output index on."""
 
     keys_count: int
     salt: bytes
+    gateway: NodeId
+    emitted: int
 
 
 class LiveWorker:
@@ -102,7 +105,9 @@ class LiveWorker:
         if isinstance(message, Dispatch):
             request = message.request
             key = (request.id, message.attempt)
-            self._openings[key] = Opening(len(request.keys), request.salt)
+            self._openings[key] = Opening(
+                len(request.keys), request.salt, request.gateway, message.emitted
+            )
             self._maybe_open(key)
         elif isinstance(message, Prompt):
             key = (message.request_id, message.attempt)
@@ -184,7 +189,7 @@ class LiveWorker:
         for one in batch:
             self._sampled.setdefault((one.request_id, one.attempt), []).append(one.token)
             tokens = array("I", (one.token,)).tobytes()
-            drawn = Drawn(one.request_id, one.attempt, one.index, 1, tokens)
+            drawn = Drawn(one.request_id, one.attempt, one.index, 1, tokens, one.end)
             by_gateway.setdefault(one.gateway, []).append(drawn)
         for gateway, rows in by_gateway.items():
             self._bus.tell(self.id, gateway, Tokens(tuple(rows)))
@@ -204,16 +209,24 @@ class LiveWorker:
 
     def _received(self, result: ReceiveResult) -> None:
         key = (result.request_id, result.attempt)
-        trailer = result.trailer
-        if result.ok and trailer is not None:
+        trailer, opening = result.trailer, self._openings.get(key)
+        if result.ok and trailer is not None and opening is not None:  # not released meanwhile
             for token in trailer.tokens:
                 self.engine.do(lambda token=token: self.runner.append(*key, token))  # type: ignore[misc]
+            self._repeat(key, opening, trailer.tokens)
         self.host.feed(
             Received(
                 *key, result.ok, result.bytes, result.seconds, result.transport, result.reason,
-                trailer.report if trailer is not None else None,
+                trailer.report if trailer is not None else None, result.by_sender,
             )
         )  # fmt: skip
+
+    def _repeat(self, key: Key, opening: Opening, tokens: tuple[int, ...]) -> None:
+        """What prefill sampled, once more: on this connection no later token can overtake it."""
+        if tokens:
+            data = array("I", tokens).tobytes()
+            drawn = Drawn(*key, opening.emitted, len(tokens), data)
+            self._bus.tell(self.id, opening.gateway, Tokens((drawn,)))
 
     def _call(self, action: Callable[[], None]) -> None:
         try:

@@ -139,7 +139,8 @@ class Transfers:
         """One side forgets: both learn that it is over."""
         transfer = self._all.get((request_id, attempt))
         if transfer is not None and worker in (transfer.source, transfer.target):
-            self._abandon((request_id, attempt), transfer, "released")
+            by_sender = worker == transfer.source
+            self._abandon((request_id, attempt), transfer, "released", by_sender=by_sender)
 
     def worker_died(self, worker: WorkerId) -> None:
         """Connections break; the other side learns it."""
@@ -150,12 +151,14 @@ class Transfers:
         for stream in [s for s in self._streams if s[0] == worker]:
             del self._streams[stream]
 
-    def _abandon(self, key: Key, transfer: Transfer, reason: str) -> None:
+    def _abandon(
+        self, key: Key, transfer: Transfer, reason: str, *, by_sender: bool = False
+    ) -> None:
         del self._all[key]
         for flow in transfer.flows:
             self._network.stop(self._clock(), flow)
         if transfer.fetch is not None:
-            self._tell(transfer.target, Received(*key, False, reason=reason))
+            self._tell(transfer.target, Received(*key, False, reason=reason, by_sender=by_sender))
         if transfer.source:
             self._tell(transfer.source, SendOver(*key, False))
 

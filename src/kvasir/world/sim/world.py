@@ -7,7 +7,7 @@ the heap breaks ties by order of insertion, and all randomness is in `faults`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -36,6 +36,8 @@ from kvasir.core.request import Request, Sampling
 from kvasir.core.specs import Deployment
 from kvasir.cost.catalog import shape_of
 from kvasir.cost.pools import step_model
+from kvasir.cost.step import StepModel
+from kvasir.measure.calibration import load_tables
 from kvasir.net.topology import Topology
 from kvasir.node import Node
 from kvasir.node.build import build_requests, worker_config
@@ -74,6 +76,8 @@ class SimWorld:
     def __init__(
         self, deployment: Deployment, arrivals: Iterable[Arrival], *, faults: Faults | None = None,
         journals: Journals | None = None, after_event: Callable[[SimWorld], None] | None = None,
+        again: Callable[[float], Arrival | None] | None = None,
+        models: Mapping[str, StepModel] | None = None,
     ) -> None:  # fmt: skip
         fx.require("the simulator", PERFORMS, ())
         self.deployment = deployment
@@ -95,6 +99,7 @@ class SimWorld:
         self._streaming: set[tuple[RequestId, int]] = set()  # have drawn a token
         self._first_sent: set[tuple[RequestId, int]] = set()  # ... and sent it ahead of its run
         self._arrivals = iter(arrivals)
+        self._again = again
         self._arrived = 0
         self._more = True
         topology = Topology(deployment.topology)
@@ -104,7 +109,9 @@ class SimWorld:
         self.transfers = Transfers(
             self.network, self.schedule, self.locations, self._local, layers, lambda: self.now
         )
-        self._models = {p.name: step_model(deployment, p) for p in deployment.pools}
+        self._models = models or {
+            p.name: step_model(deployment, p, load_tables) for p in deployment.pools
+        }
         self._start_nodes()
 
     # --- building ---------------------------------------------------------------------------------
@@ -314,6 +321,7 @@ class SimWorld:
         self.emitted[effect.request_id] = seen + effect.count
         if effect.end is not None:
             self.ended[effect.request_id] = effect.end
+            self._ended_arrival()
 
     def _refuse(self, host: Host, effect: fx.Refuse) -> None:
         pass  # the Reply that closes it follows
@@ -362,6 +370,13 @@ class SimWorld:
         if hangup_s is not None:
             self._push(self.now + hangup_s, self.hosts[GATEWAY], Hangup(request_id))
         self._next_arrival()
+
+    def _ended_arrival(self) -> None:
+        """A closed loop answers each end with the next request."""
+        arrival = self._again(self.now) if self._again is not None else None
+        if arrival is not None:
+            self._more = True
+            self.schedule(arrival.at_s, lambda: self._arrive(arrival))
 
     def _telemetry(self) -> None:
         window = self.deployment.topology.telemetry_s
