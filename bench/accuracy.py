@@ -1,6 +1,6 @@
 """How far the simulator is from measured servers: median and p90 absolute error of TTFT and TPOT.
 
-    python bench/accuracy.py [FILE] [--all] [--others N] [--holdout]
+    python -m bench.accuracy [FILE] [--all] [--others N] [--holdout]
 
 Each row is simulated as it was measured: a closed loop of users on the row's deployment, by the
 same conductor and workers that serve live. The headline rows are those whose system, backend,
@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 from bench.silicon import WAVES, Case, Group, read
 from kvasir.core.errors import KvasirError
+from kvasir.core.specs import PoolSpec
+from kvasir.core.specs.deployment import MeasuredCost
 from kvasir.cost.catalog import shape_of
 from kvasir.cost.measured import Engine, Measured
 from kvasir.measure.calibration import load_tables
@@ -33,17 +35,24 @@ from kvasir.world.sim.closed import simulate_closed
 FILE = Path("../shared/data/calibration/silicon/silicon_sample.csv.gz")
 GOALS = {"ttft": 0.12, "tpot": 0.08}
 REQUESTS_MIN, USERS_MAX = 160, 512
-HOLDOUT_USERS_MAX = 64
+HOLDOUT_USERS_MAX = 32
 
 
 class FrontEnd(NamedTuple):
-    """From a client to the engine and back: HTTP, templates, tokenising, the first answer."""
+    """From a client to the engine and back.
 
-    request_s: float = 12e-3
+    Client and server take requests in one after another (`serial_s` and `token_s` each: making,
+    sending, templates, tokenising), so users who start together wait for each other there.
+    """
+
+    request_s: float = 9e-3
+    serial_s: float = 1.5e-3
     token_s: float = 6e-6
 
-    def seconds(self, case: Case) -> float:
-        return self.request_s + self.token_s * case.input_tokens
+    def one_s(self, case: Case) -> float:
+        """The serial part of one request."""
+        mean = case.input_tokens * (1 + case.length_min_share) / 2
+        return self.serial_s + self.token_s * mean
 
 
 class Constants(NamedTuple):
@@ -63,23 +72,28 @@ class Errors(NamedTuple):
     tpot: float
 
 
+def model_of(case: Case, pool: PoolSpec, engine: Engine) -> Measured:
+    """Step times of one pool with these constants."""
+    cost, d = pool.cost, case.deployment
+    assert isinstance(cost, MeasuredCost)
+    return Measured(
+        shape_of(d.model_of(pool)), d.hardware_of(pool), pool.tp, pool.pp, cost,
+        load_tables(cost.system), engine,
+    )  # fmt: skip
+
+
 def simulate(case: Case, constants: Constants) -> Times:
     """Means over the run. Of long runs only a part is simulated; the first wave, in which all
     users start together, keeps its share of the whole."""
-    front_s = constants.front.seconds(case)
+    serial_s = constants.front.one_s(case)
+    front_s = constants.front.request_s + serial_s
     requests = min(WAVES * case.users, max(2 * case.users, REQUESTS_MIN))
     spec = ClosedSpec(
         users=case.users, requests=requests, input_tokens=case.input_tokens,
         output_tokens=case.output_tokens, length_min_share=case.length_min_share,
-        think_s=front_s, spread_s=front_s / 2,
+        think_s=front_s, spread_s=serial_s,
     )  # fmt: skip
-    models = {
-        pool.name: Measured(
-            shape_of(case.deployment.model_of(pool)), case.deployment.hardware_of(pool), pool.tp,
-            pool.pp, pool.cost, load_tables(pool.cost.system), constants.engine,
-        )
-        for pool in case.deployment.pools
-    }  # type: ignore[arg-type, union-attr]  # fmt: skip
+    models = {p.name: model_of(case, p, constants.engine) for p in case.deployment.pools}
     outcomes = simulate_closed(case.deployment, spec, models=models)
     first, rest = outcomes[: case.users], outcomes[case.users :]
     if any(not o.ok for o in outcomes):
@@ -88,9 +102,9 @@ def simulate(case: Case, constants: Constants) -> Times:
     def mean(values: Sequence[float], later: Sequence[float]) -> float:
         return statistics.fmean(values) / WAVES + statistics.fmean(later) * (1 - 1 / WAVES)
 
-    ttft = mean([o.ttft_s for o in first], [o.ttft_s for o in rest])
+    ttft = mean([o.ttft_s + (o.start_s or 0) for o in first], [o.ttft_s + front_s for o in rest])
     tpot = mean([o.tpot_s or 0 for o in first], [o.tpot_s or 0 for o in rest])
-    return Times(ttft + front_s, tpot)
+    return Times(ttft, tpot)
 
 
 def errors(cases: Iterable[Case], constants: Constants) -> dict[str, Errors]:
@@ -170,12 +184,11 @@ def by_group(cases: Sequence[Case], found: dict[str, Errors]) -> None:
 
 # One change at a time; effects on the logarithm of a time are taken to add up.
 STEPS: dict[str, tuple[float, ...]] = {
-    "request_s": (6e-3, 20e-3),
-    "token_s": (3e-6, 9e-6),
-    "kernel": (1.0, 1.08),
-    "prefill_experts": (1.5, 2.5),
-    "layer_s": (5e-6, 11e-6),
-    "step_s": (0.1e-3, 0.6e-3),
+    "request_s": (4e-3, 14e-3),
+    "token_s": (4e-6, 8e-6),
+    "kernel": (1.0, 1.04),
+    "prefill_experts": (1.2, 2.0),
+    "layer_s": (4e-6, 9e-6),
     "host_row_s": (25e-6, 50e-6),
 }
 
@@ -252,11 +265,8 @@ def measured_part(cases: Iterable[Case]) -> None:
     seen: Counter[str] = Counter()
     for case in cases:
         for pool in case.deployment.pools:
-            model = Measured(
-                shape_of(case.deployment.model_of(pool)), case.deployment.hardware_of(pool),
-                pool.tp, pool.pp, pool.cost, load_tables(pool.cost.system),
-            )  # type: ignore[arg-type, union-attr]  # fmt: skip
-            seen.update({part.source.name.lower() for part in model.parts})
+            parts = model_of(case, pool, Engine()).parts
+            seen.update({part.source.name.lower() for part in parts})
     print("rows with an operator that is " + ", ".join(f"{k}: {v}" for k, v in seen.items()))
 
 

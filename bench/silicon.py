@@ -1,4 +1,4 @@
-"""Measured whole servers as simulations: what each row of `silicon_sample.csv.gz` ran, and its load.
+"""Measured whole servers as simulations: what each row of the silicon file ran, and its load.
 
 Knows the columns and the two campaigns behind them. Must not know measured times: only `truth_*` of
 a `Case` holds them, and nothing here reads those.
@@ -39,10 +39,14 @@ LATENT: Final = {"deepseek-v3", "kimi-k2"}
 STANDS_IN: Final = {"gb200": "b200_sxm", "gb300": "b200_sxm", "b300_sxm": "b200_sxm"}
 LENGTH_MIN_SHARE: Final = 0.8
 # Lengths of one nominal length differ a little all the same: texts are cut into tokens anew.
-NOMINAL_MIN_SHARE: Final = 0.95
+NOMINAL_MIN_SHARE: Final = 0.97
 WAVES: Final = 10
-BATCH_TOKENS: Final = 8192  # vLLM's default for a server on accelerators with 70 GB or more
+BATCH_TOKENS: Final = 8192  # vLLM's default for its own server with 70 GB or more
+EMBEDDED_BATCH_TOKENS: Final = 2048  # ... and where another program embeds its engine
 BATCH_MAX: Final = 1024
+
+
+NEWEST: Final = 99  # of a version that is not said
 
 
 class Group(NamedTuple):
@@ -131,7 +135,7 @@ def case(row: Row) -> Case:
 
 
 def coverage(row: Row) -> str:
-    """`headline`: system, backend, precision and attention have tables. Else the first that lacks."""
+    """`headline`: system, backend, precision and attention have tables; else what lacks first."""
     if row["system"] not in table_systems():
         return f"system {row['system']}: tables of {STANDS_IN[row['system']]}"
     if SHAPES[row["model_path"]] in LATENT:
@@ -184,6 +188,7 @@ def _layout(row: Row, prefix: str) -> Layout:
 
 def _pool(row: Row, name: str, role: str, count: int, layout: Layout) -> PoolSpec:
     system = STANDS_IN.get(row["system"], row["system"])
+    embedded = row["backend"] == "vllm" and "epnone" in row["id"]
     return PoolSpec(
         name=name,
         role=role,  # type: ignore[arg-type]
@@ -192,7 +197,7 @@ def _pool(row: Row, name: str, role: str, count: int, layout: Layout) -> PoolSpe
         tp=layout.gpus,
         pp=layout.pp,
         batch_max=BATCH_MAX * layout.dp,
-        batch_tokens_max=BATCH_TOKENS * layout.dp,
+        batch_tokens_max=(EMBEDDED_BATCH_TOKENS if embedded else BATCH_TOKENS) * layout.dp,
         cost=_cost(row, layout, system),
     )
 
@@ -202,7 +207,8 @@ def _cost(row: Row, layout: Layout, system: str) -> MeasuredCost:
 
     FP8 checkpoints of Llama come with an fp8 cache; gpt-oss keeps attention in bfloat16 and its
     experts in mxfp4 (with mxfp8 activations on Blackwell, where recipes also ask for an fp8 cache).
-    MiniMax and Qwen3-MoE scale fp8 in blocks. Before vLLM 0.14 the host's work was not overlapped.
+    MiniMax and Qwen3-MoE scale fp8 in blocks. Before vLLM 0.14 the host's work was not
+    overlapped with the accelerator's.
     """
     model = row["model_path"]
     gemm, moe = row["gemm_quant_mode"] or "bfloat16", row["moe_quant_mode"]
@@ -218,9 +224,9 @@ def _cost(row: Row, layout: Layout, system: str) -> MeasuredCost:
         gemm = moe = "fp8_block"
     elif gemm == "int4_wo":
         gemm = "bfloat16"  # only the experts are
-    version = re.match(r"0\.(\d+)\.", row["backend_version"])
-    serial = row["backend"] == "vllm" and version is not None and int(version[1]) < 14
+    found = re.match(r"0\.(\d+)\.", row["backend_version"]) if row["backend"] == "vllm" else None
+    version = int(found[1]) if found is not None else NEWEST
     return MeasuredCost(
         system=system, gemm=gemm, moe=moe or gemm, kv="fp8" if fp8_cache else "bfloat16",
-        ep=layout.ep, dp=layout.dp, asynchronous=not serial,
+        ep=layout.ep, dp=layout.dp, asynchronous=version >= 14,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Small simulated clusters: a deployment, generated arrivals, and a world that keeps what it saw."""
+"""Small simulated clusters: a deployment, arrivals, and a world that keeps what it saw."""
 
 from __future__ import annotations
 
@@ -100,9 +100,6 @@ class Watched(SimWorld):
 
     def messages(self, kind: type[M]) -> list[M]:
         return [s.message for s in self.seen if isinstance(s.message, kind)]
-
-    def first(self, kind: type, node: str = "") -> Seen:
-        return next(s for s in self.seen if isinstance(s.message, kind) and node in (s.node, ""))
 
     def events_of(self, kind: type[E]) -> list[E]:
         return [e for e in self.noted if isinstance(e, kind)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,8 @@ def table(recipe: Recipe, path: Path) -> Table:
     codes = array("H")
     for key in keys:
         codes.extend(_grid(axes, found[key]))
+    if sys.byteorder == "big":
+        codes.byteswap()
     return Table(recipe.op, recipe.keys, recipe.axes, axes, tuple(keys), codes.tobytes())
 
 

@@ -202,12 +202,13 @@ class TappedBus(Bus):
 class Threads:
     """Stands in for `runtime.local.Fleet`: each worker has a bus and a wire in this process."""
 
-    def __init__(self, deployment: Deployment, run_dir: str) -> None:
-        self._deployment, self._run_dir = deployment, run_dir
+    def __init__(
+        self, deployment: Deployment, run_dir: str, fail: Callable[[BaseException], None]
+    ) -> None:
+        self._deployment, self._run_dir, self._fail = deployment, run_dir, fail
         self.gates = {worker: Gate() for worker in deployment.worker_ids()}
         self.workers: dict[WorkerId, LiveWorker] = {}
         self.buses: dict[WorkerId, TappedBus] = {}
-        self.failures: list[BaseException] = []
         self.layers: list[tuple[WorkerId, Step, int, float]] = []
         self.runners = {w: self._watched(w) for w in deployment.worker_ids()}
 
@@ -233,7 +234,7 @@ class Threads:
         config = worker_config(d, worker, 1, location, capacity=capacity)
         live = LiveWorker(
             Worker(config), runner, bus, d.transport, self._run_dir, journal=None,
-            on_failure=self.failures.append, observer=CONDUCTOR,
+            on_failure=self._fail, observer=CONDUCTOR,
         )  # fmt: skip
         bus.wire = Wire(
             address(self._run_dir, worker), bus.deliver,
@@ -320,13 +321,11 @@ class Cluster:
     async def until(
         self, condition: Callable[[], Any], what: Callable[[], Any] | None = None
     ) -> None:
-        """Waits for a condition; a worker's failure, and LIMIT_S, end the test."""
+        """Waits for a condition, LIMIT_S at most; `what` shows what it waits for."""
         what = what or self.counts
         loop = asyncio.get_running_loop()
         limit = loop.time() + LIMIT_S
         while not condition():
-            if self.threads.failures:
-                raise self.threads.failures[0]
             assert loop.time() < limit, f"still not so after {LIMIT_S} s: {what()}"
             await asyncio.sleep(0.001)
 
@@ -411,24 +410,39 @@ def take(answer: Answer, piece: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def cluster(deployment: Deployment) -> AsyncIterator[Cluster]:
-    """Ready when it is entered. What goes wrong on the loop or in a thread is raised at the end."""
+    """Ready when it is entered. The first thing that goes wrong on the loop or in an engine (a
+    test's time limit is one of them) ends the test: it is raised where the cluster was entered."""
     run_dir = tempfile.mkdtemp(prefix="kvasir-test-")
-    wrong: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+    wrong: list[BaseException] = []
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def fail(error: BaseException) -> None:
+        wrong.append(error)
+        task.cancel()
+
+    loop.set_exception_handler(
+        lambda _, context: fail(context.get("exception") or AssertionError(context["message"]))
+    )
     with mock.patch.object(platform_module, "Metrics", Heard):
         platform = Platform(deployment, {}, run_dir, None)
-    threads = Threads(deployment, run_dir)
+    threads = Threads(deployment, run_dir, fail)
     platform.fleet = threads  # type: ignore[assignment]
     found = Cluster(platform, threads)
     try:
         platform.start()
         await found.until(lambda: platform.health().ready)
         yield found
+    except asyncio.CancelledError:
+        if not wrong:
+            raise
     finally:
+        if wrong:
+            print(f"at the end: {found.counts()}")
         await platform.close()
         shutil.rmtree(run_dir, ignore_errors=True)
-    for error in [*threads.failures, *(c.get("exception") for c in wrong)]:
-        raise error or AssertionError(wrong)
+    if wrong:
+        raise wrong[0]
 
 
 # --- what fake runners' caches must hold ----------------------------------------------------------

@@ -306,9 +306,7 @@ class Stream:
                     finish = choice["finish_reason"] or finish
                 timing = event.get("kvasir", timing)
             assert done, "the stream broke off"
-        return Answer(
-            tuple(self.tokens), finish, path, timing["attempts"], timing["workers"]
-        )
+        return Answer(tuple(self.tokens), finish, path, timing["attempts"], timing["workers"])
 
     @property
     def running(self) -> bool:

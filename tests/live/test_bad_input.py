@@ -50,11 +50,6 @@ def unknown_policy(folder: Path) -> tuple[list[str], list[str]]:
     return ["serve", str(path)], [f"{path}:{line_of(path, 'netkw')}", "nearest: netkv"]
 
 
-def unknown_policy_flag(folder: Path) -> tuple[list[str], list[str]]:
-    path = written(folder, deployment())
-    return ["serve", str(path), "--policy", "netkw"], ["netkw", "nearest: netkv"]
-
-
 def unknown_key(folder: Path) -> tuple[list[str], list[str]]:
     config = deployment()
     config["polls"] = config.pop("pools")
@@ -67,17 +62,6 @@ def malformed_yaml(folder: Path) -> tuple[list[str], list[str]]:
     text = path.read_text().replace("engine: fake", "engine: [fake")
     path.write_text(text)
     return ["serve", str(path)], ["not valid YAML", f"{path}:"]
-
-
-def wrong_role(folder: Path) -> tuple[list[str], list[str]]:
-    path = written(folder, deployment(decode={"role": "decoder"}))
-    return ["simulate", str(path)], [f"{path}:{line_of(path, 'decoder')}", "nearest: decode"]
-
-
-def no_such_file(folder: Path) -> tuple[list[str], list[str]]:
-    path = written(folder, deployment())
-    near = str(path).replace("kvasir.yaml", "kvasr.yaml")
-    return ["serve", near], ["no deployment is called", f"nearest: {path}"]
 
 
 def broken_trace_row(folder: Path) -> tuple[list[str], list[str]]:
@@ -117,7 +101,7 @@ def broken_config(folder: Path) -> tuple[list[str], list[str]]:
 
 
 WRONG_COMMANDS: list[Callable[[Path], tuple[list[str], list[str]]]] = [
-    unknown_policy, unknown_policy_flag, unknown_key, malformed_yaml, wrong_role, no_such_file,
+    unknown_policy, unknown_key, malformed_yaml,
     broken_trace_row, cut_trace_row, missing_model_folder, missing_weights, missing_tokenizer,
     broken_config,
 ]  # fmt: skip

@@ -26,10 +26,12 @@ USER = [{"role": "user", "content": "Tell me of the well of Mimir."}]
 TOKENS = 12
 
 
-def test_serve_with_nothing_but_a_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_the_model_that_comes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # a folder without a kvasir.yaml
-    with Server() as server:
-        assert set(server.workers()) == {"prefill-0.1", "decode-0.1", "decode-1.1"}
+    with Server("--decode", "1") as server:
+        assert set(server.workers()) == {"prefill-0.1", "decode-0.1"}
         assert len(server.run_dirs) == 1
 
         texts = [streamed(server) for _ in range(2)]

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.core.specs import HARDWARE, ModelSpec
-from kvasir.core.specs.deployment import FittedCost
+from kvasir.core.specs.deployment import FittedCost, MeasuredCost
 from kvasir.cost.catalog import shape_of
+from kvasir.cost.measured import Measured
 from kvasir.cost.step import Fitted, Roofline, StepModel
+from kvasir.measure.calibration import load_tables
 
 REL = 1e-9
 
@@ -18,12 +20,22 @@ def roofline(name: str, hardware: str, tp: int, pp: int = 1) -> Roofline:
     return Roofline(shape_of(ModelSpec(name=name)), HARDWARE[hardware], tp, pp)
 
 
+def measured(name: str, hardware: str, tp: int, pp: int = 1, **cost: object) -> Measured:
+    shape, spec = shape_of(ModelSpec(name=name)), MeasuredCost.model_validate(cost)
+    return Measured(shape, HARDWARE[hardware], tp, pp, spec, load_tables(hardware))
+
+
 ARMS: dict[str, StepModel] = {
     "dense": roofline("llama-3-70b", "h100", 4),
     "experts": roofline("mixtral-8x7b", "a100", 2),
     "latent": roofline("deepseek-v3", "h100", 16),
     "stages": roofline("opt-175b", "a100", 4, 3),
     "processor": roofline("tiny", "cpu", 1),
+    "measured": measured("llama-3-70b", "h100", 4, gemm="fp8", kv="fp8"),
+    "measured experts": measured("minimax-m2.5", "h200", 4, gemm="fp8_block", ep=4, dp=4),
+    "measured windows": measured("gpt-oss-120b", "b200", 2, moe="w4a8_mxfp4_mxfp8"),
+    "measured, host waits": measured("llama-3.1-8b", "a100", 1, asynchronous=False),
+    "measured, no tables": measured("deepseek-v3", "a40", 8, 2),
     "fitted": Fitted(
         FittedCost(overhead_s=4e-3, per_token_s=1e-4, per_attention_s=1e-9, per_context_s=3e-8)
     ),

@@ -1,4 +1,4 @@
-"""Equal inputs, equal bytes: in another process, under another hash seed, and a second time here."""
+"""Equal inputs, equal bytes: in another process, under another hash seed, a second time here."""
 
 import os
 import subprocess
@@ -22,7 +22,10 @@ FAULTS = FaultSpec(loss=0.01, delay_s_max=0.01, deaths=3, down_s=0.5, cancel=0.1
 
 def small(seed: int = 0) -> Result:
     """Prefill, decode and mixed workers, with too little memory for all."""
-    d = cluster("prefill", "decode", "mixed", pool={"kv_blocks": 60}, topology={"preset": "paper"})
+    d = cluster(
+        "prefill", "decode", "mixed", count=1, pool={"kv_blocks": 40},
+        route={"output_reserve_tokens": 0}, topology={"preset": "paper"},
+    )  # fmt: skip
     return simulate(d, trace(80), seed=seed)
 
 
@@ -47,7 +50,7 @@ by_name = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 
 
 def in_a_process(run: str, hash_seed: str) -> bytes:
-    code = f"import sys; from {__name__} import {run} as run; sys.stdout.buffer.write(run().to_json())"
+    code = f"import sys; from {__name__} import {run}; sys.stdout.buffer.write({run}().to_json())"
     path = os.pathsep.join([str(ROOT), *sys.path])
     env = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
     done = subprocess.run(

@@ -26,6 +26,7 @@ from kvasir.policy.batch import BATCHES
 from kvasir.policy.route import ROUTES
 from kvasir.traces.record import Arrival
 from kvasir.world.sim.faults import Faults, FaultSpec
+from kvasir.world.sim.traffic import CrossTraffic, LinkFault
 from kvasir.world.sim.world import SimWorld
 
 SEEDS = 50
@@ -161,3 +162,25 @@ def test_faults_happen() -> None:
             total[name] = total.get(name, 0) + count
     for name in ("WorkerLeft", "Retried", "Preempted", "Recomputed", "Shipped", "TransferFailed"):
         assert total.get(name, 0) > 0, (name, total)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_transfers_over_a_dead_link_fail_by_the_nodes_own_timeouts(seed: int) -> None:
+    """A decode worker's NIC is dead for 20 s, others send too, and nobody is told: every request
+    ends all the same, and nothing is left."""
+    rng = random.Random(seed)
+    d, trace = deployment(rng), arrivals(rng, 40)
+    first = SimWorld(d, []).locations["decode-0"].gpus[0]
+    spec = FaultSpec(
+        links=tuple(LinkFault(f"gpus-{first}-{way}", 0.2, for_s=20.0)
+                    for way in ("nic-in", "nvlink-in")),
+        traffic=(CrossTraffic((2, 3), 20, 1e7, on_s=0.3, off_s=0.2, random=True, until_s=5.0),),
+    )  # fmt: skip
+    world = SimWorld(d, trace, faults=Faults(spec, seed), after_event=SimWorld.check_touched)
+    world.run(until=300.0)
+    assert not world.requests.lives
+    world.rest(30.0)
+    world.check()
+    check_ended(world, trace)
+    check_nothing_left(world)
+    assert world.recorder.counts["Retried"] > 0

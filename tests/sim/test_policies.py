@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-from kvasir.core.events import Routed
+from kvasir.core.events import Prefilled, Routed
 from kvasir.core.specs import (
     Deployment,
     LimitsSpec,
@@ -32,6 +33,7 @@ from kvasir.traces.record import Arrival, Trace
 from kvasir.world.sim.run import simulate
 from kvasir.world.sim.world import SimWorld
 
+Event = TypeVar("Event")
 COST = FittedCost(overhead_s=0.002, per_token_s=2e-5, per_context_s=1e-8)
 
 
@@ -39,7 +41,10 @@ def deployment(
     name: str = "netkv", roles: Iterable[str] = ("prefill", "decode", "mixed"), **fields
 ) -> Deployment:
     blocks = fields.pop("kv_blocks", 60)
-    shape = {"count": 2, "hardware": "h100", "kv_blocks": blocks, "cost": COST, "batch_max": 8}
+    count = fields.pop("count", 2)
+    shape = {
+        "count": count, "hardware": "h100", "kv_blocks": blocks, "cost": COST, "batch_max": 8
+    }  # fmt: skip
     route = fields.pop("route", {"decode_choice": "arrival"})
     policy = fields.pop("policy", {})
     return Deployment(
@@ -66,13 +71,18 @@ def trace(count: int = 60, rate: float = 60.0, output: int = 30) -> Trace:
 
 
 def routed(d: Deployment, t: Trace) -> list[Routed]:
+    return heard(d, t, Routed)
+
+
+def heard(d: Deployment, t: Trace, kind: type[Event]) -> list[Event]:
+    """All events of a kind, in order."""
     world = SimWorld(d, t.arrivals, after_event=SimWorld.check_touched)
-    found: list[Routed] = []
+    found: list[Event] = []
     told = world.recorder.event
 
     def listen(now: float, event) -> None:
         told(now, event)
-        if isinstance(event, Routed):
+        if isinstance(event, kind):
             found.append(event)
 
     world.recorder.event = listen  # type: ignore[method-assign]
@@ -154,6 +164,24 @@ def test_sessions_stay() -> None:
         workers.setdefault(int(str(arrival.session)[1:]), set()).add(event.decode)
     assert all(len(w) == 1 for w in workers.values()), workers
     assert len({w for ws in workers.values() for w in ws}) == 2
+
+
+# --- what a worker runs first ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "order"), [("token_budget", "0123"), ("lpm", "0132")])
+def test_a_worker_runs_the_order_that_its_policy_gives(name: str, order: str) -> None:
+    """While a long prompt fills every step, two come to wait: the later has 8 blocks cached."""
+    warm = tuple(range(8))
+    t = Trace("t", 16, (
+        Arrival(0.0, 129, 1, (*warm, 50)),
+        Arrival(1.0, 1280, 1, tuple(range(100, 180))),
+        Arrival(1.001, 200, 1, tuple(range(200, 213))),
+        Arrival(1.002, 200, 1, (*warm, *range(300, 305))),
+    ))  # fmt: skip
+    d = deployment("netkv", ("mixed",), kv_blocks=200, count=1,
+                   policy={"batch": BatchSpec(name=name)})  # fmt: skip
+    assert "".join(e.request_id[1:] for e in heard(d, t, Prefilled)) == order
 
 
 # --- refusing early -------------------------------------------------------------------------------

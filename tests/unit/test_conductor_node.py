@@ -275,6 +275,24 @@ def test_a_decode_worker_without_room_is_left_out(tokens: int, decode: str) -> N
     assert submit(c, request(tokens=tokens, group=7)).noted(Routed)[0].decode == decode
 
 
+SMALL = {"capacity": {"kv_blocks": 8}}
+
+
+def test_a_prompt_larger_than_any_prefill_worker_runs_whole_on_a_decode_worker() -> None:
+    c = conductor("d")
+    join(c, "p", **SMALL)
+    effects = submit(c, request(tokens=60))
+    assert effects.told(Dispatch).to == ["d"]
+    assert effects.told(Dispatch).one().phase == "both"
+
+
+def test_one_that_can_never_fit_the_mixed_worker_blocks_nobody() -> None:
+    c = conductor("d")
+    join(c, "m", **SMALL)
+    assert submit(c, request("large", tokens=60)).told(Dispatch).to == ["d"]
+    assert submit(c, request("small")).told(Dispatch)
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvasir.core import events as ev
-from kvasir.observe.metrics import LABELS_MAX, OTHER, SECONDS, Metrics
+from kvasir.observe.metrics import LABELS_MAX, OTHER, SECONDS, Holding, Metrics
 
 NAMES = {
     "kvasir_requests_total": {"path", "model", "outcome"},
@@ -17,6 +17,10 @@ NAMES = {
     "kvasir_kv_transfer_seconds_bucket": {"le"},
     "kvasir_kv_recomputed_tokens_total": {"reason"},
     "kvasir_kv_cache_usage_ratio": {"worker"},
+    "kvasir_kv_blocks_held": {"worker"},
+    "kvasir_leases": {"worker"},
+    "kvasir_quarantined": {"worker"},
+    "kvasir_reservations": {"worker"},
     "kvasir_time_to_first_token_seconds_bucket": {"le", "path", "model"},
     "kvasir_inter_token_latency_seconds_bucket": {"le"},
     "kvasir_prefix_cache_hit_tokens_total": set(),
@@ -53,6 +57,7 @@ def full() -> Metrics:
     metrics.first_token(0.2, "disaggregated", "tiny")
     metrics.token_gap(0.02)
     metrics.gauges(2, 5, {"prefill-0": 0.25, "decode-0": 0.5})
+    metrics.holdings({"prefill-0": Holding(9, 1, 2, 3)})
     return metrics
 
 
@@ -66,6 +71,14 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
     return samples(metrics)[name, tuple(sorted(labels.items()))]
+
+
+def test_holdings_have_a_gauge_each() -> None:
+    metrics = full()
+    names = ("kv_blocks_held", "leases", "quarantined", "reservations")
+    assert [value(metrics, f"kvasir_{n}", worker="prefill-0") for n in names] == [9, 1, 2, 3]
+    metrics.holdings({})
+    assert not any(name == "kvasir_leases" for name, _ in samples(metrics))
 
 
 def test_names_and_labels() -> None:

@@ -5,7 +5,7 @@ import pytest
 from kvasir.core.errors import LINES_MAX, ConfigError
 from kvasir.core.messages import Location
 from kvasir.core.specs import Deployment, ModelSpec, PoolSpec, TierSpec, TopologySpec
-from kvasir.net.maxmin import flow_of, solve
+from kvasir.net.maxmin import flow_of, flows_of, solve
 from kvasir.net.topology import Topology
 
 
@@ -200,3 +200,116 @@ def test_one_accelerator_is_a_topology() -> None:
 def test_a_place_outside_is_refused(gpus: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="the topology has 64"):
         Topology(TopologySpec()).route(Location(gpus), Location((0,)))
+
+
+# --- several uplinks ------------------------------------------------------------------------------
+
+
+def test_uplinks_share_a_trunks_capacity_and_a_pair_keeps_to_its_plane() -> None:
+    """A 4-ary fat-tree's counts: 2 uplinks of a rack, 4 of a pod; plane p mod 2 below p mod 4."""
+    topology = Topology(TopologySpec(uplinks=2, pod_uplinks=4))
+    assert capacity(topology, "rack-0.1-up") == 16 * 12.5e9 / 2 / 2
+    assert capacity(topology, "pod-1.3-down") == 32 * 12.5e9 / 4 / 4
+    route = topology.route(location(16), location(32))
+    paths = sorted([topology.links[link].name for link in way.links] for way in route.ways)
+    assert paths == [
+        [
+            "gpus-16..19-nic-out", f"rack-1.{p % 2}-up", f"pod-0.{p}-up", f"pod-1.{p}-down",
+            f"rack-2.{p % 2}-down", "gpus-32..35-nic-in",
+        ]
+        for p in (0, 2, 1, 3)
+    ]  # fmt: skip
+    assert [way.pairs for way in route.ways] == [1, 1, 1, 1], "dealt evenly without an id"
+    assert dict(route.pairs_by_link())[route.ways[0].links[0]] == 4, "all pairs share the NICs"
+
+
+def test_pairs_that_collide_on_an_uplink_share_it_and_the_bundle_waits_for_them() -> None:
+    """2 pairs, 2 uplinks of 6.25 GB/s: by some ids one each, 12.5 in all; by others both on one."""
+    spec = TopologySpec(preset="fabric", uplinks=2, rack_oversubscription=16)
+    topology = Topology(spec)
+    here, there = location(0, 2), location(16, 2)
+    routes = [topology.route(here, there, f"r{i}/1") for i in range(64)]
+    rates = {len(r.ways): solve(topology.capacities, flows_of(r)) for r in routes}
+    assert rates == {0: [6.25e9], 2: [6.25e9, 6.25e9]}
+    collided = sum(not route.ways for route in routes)
+    assert 16 < collided < 48, "half of 64, by the hash"
+    assert {route.multiplicity for route in routes} == {2}
+
+
+def test_a_path_depends_on_ends_and_id_alone() -> None:
+    spec = TopologySpec(uplinks=4)
+    one, other = Topology(spec), Topology(spec)
+    other.route(location(16), location(48))
+    for i in range(8):
+        assert names_of(one, f"r{i}/1") == names_of(other, f"r{i}/1")
+    assert len({tuple(map(tuple, names_of(one, f"r{i}/1"))) for i in range(8)}) > 1
+
+
+def names_of(topology: Topology, transfer_id: str) -> list[list[str]]:
+    route = topology.route(location(0), location(32), transfer_id)
+    return [[topology.links[link].name for link in way.links] for way in route.parts()]
+
+
+def test_one_trunk_and_near_tiers_have_one_way() -> None:
+    trunk, planes = Topology(TopologySpec()), Topology(TopologySpec(uplinks=4))
+    assert trunk.route(location(0), location(32), "r0/1") == trunk.route(location(0), location(32))
+    for near in (4, 8):
+        assert planes.route(location(0), location(near), "r0/1").ways == ()
+
+
+# --- NVLink domains and data centres --------------------------------------------------------------
+
+NVL72 = {
+    "gpus_per_node": 4, "nodes_per_rack": 18, "nvlink_nodes": 18, "racks_per_pod": 2, "pods": 1,
+    "nvlink_bandwidth": 900e9,
+}  # fmt: skip
+
+
+def test_nodes_of_an_nvlink_domain_are_one_tier() -> None:
+    topology = Topology(TopologySpec(**NVL72))
+    assert topology.tier(location(0), location(68)) == 0
+    assert names(topology, location(0), location(68)) == [
+        "gpus-0..3-nvlink-out", "gpus-68..71-nvlink-in",
+    ]  # fmt: skip
+    assert topology.tier(location(0), location(72)) == 2, "the next domain is another rack"
+    halves = Topology(TopologySpec(nodes_per_rack=4, nvlink_nodes=2))
+    assert [halves.tier(location(0), location(g)) for g in (12, 16, 28, 32)] == [0, 1, 1, 2]
+
+
+def test_an_instance_of_several_nodes_stays_in_a_domain_if_it_can() -> None:
+    """Node 0 is taken; 1 and 2 are neighbours of two domains, 2 and 3 are one domain."""
+    small = deployment(
+        pool("p", 1, 8, (0,)), pool("d", 1, 8, (0, 1), pp=2), pods=1, racks_per_pod=2,
+        nodes_per_rack=4, nvlink_nodes=2,
+    )  # fmt: skip
+    placed = Topology(small.topology).place(small)
+    assert placed["p-0"].gpus == tuple(range(8)) and placed["d-0"].gpus == tuple(range(16, 32))
+
+
+def test_between_data_centres_there_is_one_more_link_and_its_latency() -> None:
+    """Four pods in two centres, 2 GB/s between them: two bundles from one to the other get 1 each,
+    the way back and a pod of the same centre are not touched by them."""
+    spec = TopologySpec(
+        preset="fabric", pods=4, datacenters=2, wan_bandwidth=2e9, wan_latency_s=0.01
+    )
+    topology = Topology(spec)
+    far = topology.route(location(0), location(64))
+    assert names(topology, location(0), location(64)) == [
+        "gpus-0..3-nic-out", "rack-0-up", "pod-0-up", "wan-0-1", "pod-2-down", "rack-4-down",
+        "gpus-64..67-nic-in",
+    ]  # fmt: skip
+    assert far.tier == 3 and far.latency_s == pytest.approx(0.01 + 10e-6)
+    near = topology.route(location(4), location(32))
+    assert near.tier == 3 and near.latency_s == 10e-6
+    assert not any("wan" in name for name in names(topology, location(4), location(32)))
+    second, back = (topology.route(location(a), location(b)) for a, b in ((32, 96), (100, 8)))
+    rates = solve(topology.capacities, map(flow_of, (far, second, back, near)))
+    assert rates == [1e9, 1e9, 2e9, 50e9]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nvlink_nodes": 3, "nodes_per_rack": 4}, {"pods": 4, "datacenters": 3}]
+)
+def test_parts_that_do_not_divide_the_whole_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="does not divide"):
+        TopologySpec(**wrong)

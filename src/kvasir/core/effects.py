@@ -71,7 +71,8 @@ class Cut(Effect, frozen=True):
 class Send(Effect, frozen=True):
     """Ship KV of logical blocks [first_block, first_block + len(blocks)) of an attempt to `to`.
 
-    With `step` set, layer by layer while that step computes them; else at once. `last` closes the
+    With `step` set, layer by layer while that step computes them (it may be running: layers that
+    are done leave now); else at once. `last` closes the
     transfer and carries `report`. No byte is read after `deadline`. Answered by one `SendOver`
     after the last part, or after a failure or Release.
     """

@@ -93,17 +93,17 @@ class Operators:
     def gemm(self, name: str, n: int, k: int, form: str) -> Seconds:
         """Seconds over m of one m x k by k x n product.
 
-        Block-scaled fp8 was measured kernel by kernel, and at few rows shows the time to launch it.
-        Within a captured graph that vanishes and both fp8 kinds read the same bytes, so it is taken
-        as at most BLOCK_SCALED times plain fp8.
+        Block-scaled fp8 was measured kernel by kernel, and at few rows shows the time to launch it
+        and its scaling. In a captured graph that vanishes; both fp8 kinds read the same bytes, so
+        it takes at most BLOCK_SCALED times plain fp8.
         """
         found = self._tables.gemm(form, n, k) if self._tables is not None else None
         if found is None:
             self.parts.append(Part(name, Source.ROOFLINE))
             return self._gemm_roofline(n, k, form)
         self.parts.append(Part(name, found.source))
-        plain = self._tables.gemm("fp8", n, k) if self._tables and form == "fp8_block" else None
-        if plain is None:
+        plain = self._tables.gemm("fp8", n, k) if self._tables is not None else None
+        if plain is None or form != "fp8_block":
             return found.curve
         block, whole = found.curve, plain.curve
         return lambda m: min(block(m), BLOCK_SCALED * whole(m))

@@ -12,6 +12,7 @@ more rows in less time pads to them (`settle`).
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -172,6 +173,8 @@ class SystemTables:
         for table in packed.tables:
             codes = array("H")
             codes.frombytes(table.codes)
+            if sys.byteorder == "big":
+                codes.byteswap()
             assert len(codes) == table.size * len(table.keys), table.op
             self._codes[table.op] = codes
 

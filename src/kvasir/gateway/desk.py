@@ -169,7 +169,7 @@ class LiveDesk:
         message = effect.message
         if isinstance(message, Prompt):
             found = self._open[message.request_id]
-            tokens = array("I", found.prompt) + found.emitted
+            tokens = (array("I", found.prompt) + found.emitted)[: message.count]
             assert len(tokens) == message.count, (len(tokens), message.count)
             message = msgspec.structs.replace(message, tokens=tokens.tobytes())
         self._bus.tell(self.id, effect.to, message)

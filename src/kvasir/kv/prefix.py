@@ -56,7 +56,7 @@ class PrefixIndex:
         self._seq[worker] = (incarnation, seq)
         if reset:
             self._broken.pop(worker, None)
-        elif worker in self._broken or seq != known[1] + 1:
+        elif seq != known[1] + 1:
             self._broken[worker] = None
         whole = worker not in self._broken
         if reset or not whole:

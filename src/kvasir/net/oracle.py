@@ -288,7 +288,7 @@ def pair_bandwidth(topology: Topology, route: Route) -> float:
 
     The tier's cap, and where links are narrower than that for the bundle alone, they.
     """
-    narrowest = min(topology.capacities[link] for link in route.links) / route.multiplicity
+    narrowest = min(topology.capacities[link] / pairs for link, pairs in route.pairs_by_link())
     return narrowest if route.flow_cap is None else min(route.flow_cap, narrowest)
 
 

@@ -9,16 +9,26 @@ Knows places and capacities. Must not know time, traffic, load or policy.
         n0  n1   n2  n3      n4  n5   n6  n7        tier 1: NICs, out and in
         GPUs 0..7, 8..15, ...                       tier 0: NVLink, out and in
 
+Nodes of an NVLink domain are one tier 0. Data centres hold whole pods; a path between two of them
+crosses one more link, from pod uplink to pod downlink.
+
 A transfer between two instances is one bundle of shard pairs. An instance's NICs are one link of
 their summed rate for each direction, and so is its NVLink, so that all its transfers share them.
+
+With several uplinks a cross-pod path p of P takes pod uplink p mod pod_uplinks and rack uplink p
+mod uplinks, the same on the way down (the plane of a Clos network). Each shard pair is hashed to
+one path by source, destination and transfer id, as a switch hashes connections: pairs of a bundle
+may collide on one uplink while others idle, which an average over a tier cannot see.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
 import msgspec
+import xxhash
 
 from kvasir.core.errors import ConfigError
 from kvasir.core.ids import WorkerId
@@ -40,10 +50,18 @@ class Link(msgspec.Struct, frozen=True, gc=False):
     tier: int
 
 
+class Way(msgspec.Struct, frozen=True, gc=False):
+    """The part of a bundle that takes one path: `pairs` shard pairs, each over all `links`."""
+
+    links: tuple[int, ...]
+    pairs: int
+
+
 class Route(msgspec.Struct, frozen=True, gc=False):
     """The way of a bundle of `multiplicity` shard pairs, each at most `flow_cap` bytes per second.
 
-    `links` index `Topology.links`; each pair crosses all of them.
+    `links` index `Topology.links`; each pair crosses all of them, unless `ways` says which pairs
+    cross which: then `links` are those of any of them.
     """
 
     links: tuple[int, ...]
@@ -51,6 +69,21 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     flow_cap: float | None
     latency_s: float
     tier: int
+    ways: tuple[Way, ...] = ()
+
+    def parts(self) -> tuple[Way, ...]:
+        """The paths in use, with how many pairs take each."""
+        return self.ways or (Way(self.links, self.multiplicity),)
+
+    def pairs_by_link(self) -> list[tuple[int, int]]:
+        """Each link and how many pairs cross it."""
+        if not self.ways:
+            return [(link, self.multiplicity) for link in self.links]
+        count = dict.fromkeys(self.links, 0)
+        for way in self.ways:
+            for link in way.links:
+                count[link] += way.pairs
+        return list(count.items())
 
 
 class _Ports(msgspec.Struct, frozen=True, gc=False):
@@ -75,31 +108,42 @@ class Topology:
         self.spec = spec
         self.links: list[Link] = []
         self.capacities: list[float] = []
+        self._domain_gpus = spec.gpus_per_node * spec.nvlink_nodes
         self._rack_gpus = spec.gpus_per_node * spec.nodes_per_rack
         self._pod_gpus = self._rack_gpus * spec.racks_per_pod
         self._racks = spec.pods * spec.racks_per_pod
         self._ports_of: dict[Gpus, _Ports] = {}
         self._routes: dict[tuple[Gpus, Gpus], Route] = {}
+        self._paths: dict[tuple[Gpus, Gpus], list[tuple[int, ...]]] = {}
         rack = self._rack_gpus * spec.nic_bandwidth / spec.rack_oversubscription
         pod = self._pod_gpus * spec.nic_bandwidth / spec.pod_oversubscription
+        self._wan: dict[tuple[int, int], int] = {}
+        for a, b in itertools.permutations(range(spec.datacenters), 2):
+            self._wan[a, b] = len(self.links)
+            self._add(f"wan-{a}-{b}", spec.wan_bandwidth, CORE)
+        pod_uplinks = spec.pod_uplinks or spec.uplinks
         self._rack_up = [
-            self._pair(f"rack-{r}", "up", "down", rack, POD) for r in range(self._racks)
+            self._uplinks(f"rack-{r}", rack, spec.uplinks, POD) for r in range(self._racks)
         ]
-        self._pod_up = [self._pair(f"pod-{p}", "up", "down", pod, CORE) for p in range(spec.pods)]
+        self._pod_up = [self._uplinks(f"pod-{p}", pod, pod_uplinks, CORE) for p in range(spec.pods)]
 
     # --- distances and routes ---------------------------------------------------------------------
 
     def tier(self, a: Location, b: Location) -> int:
-        """0 same node, 1 same rack, 2 same pod, 3 across pods: the least that holds all of both."""
+        """0 same node or NVLink domain, 1 same rack, 2 same pod, 3 across pods: the least that
+        holds all of both."""
         low = min(*a.gpus, *b.gpus)
         high = max(*a.gpus, *b.gpus)
-        for tier, size in enumerate((self.spec.gpus_per_node, self._rack_gpus, self._pod_gpus)):
+        for tier, size in enumerate((self._domain_gpus, self._rack_gpus, self._pod_gpus)):
             if low // size == high // size:
                 return tier
         return CORE
 
-    def route(self, src: Location, dst: Location) -> Route:
+    def route(self, src: Location, dst: Location, transfer_id: str | None = None) -> Route:
         """From one instance to another; links are crossed in order.
+
+        Where paths are several, `transfer_id` says which of them each pair is hashed to. Without
+        it, as nobody knows beforehand how a switch will hash, pairs are dealt out evenly.
 
         KV is split over all of an instance's accelerators, so there are as many shard pairs as the
         larger side has. An instance that spans racks uses the uplinks of its first accelerator.
@@ -108,28 +152,64 @@ class Topology:
         key = (src.gpus, dst.gpus)
         found = self._routes.get(key)
         if found is None:
-            found = self._routes[key] = self._make_route(src, dst)
-        return found
+            paths = self._paths[key] = self._make_paths(src, dst)
+            tier = self.tier(src, dst)
+            first = _hash(src.gpus, dst.gpus, "") % len(paths)
+            found = self._routes[key] = self._over(
+                src, dst, tier, [first + pair for pair in range(_pairs(src, dst))]
+            )
+        if transfer_id is None or len(self._paths[key]) == 1:
+            return found
+        pairs = range(_pairs(src, dst))
+        ends = [(src.gpus[i % len(src.gpus)], dst.gpus[i % len(dst.gpus)]) for i in pairs]
+        hashed = [_hash((a,), (b,), transfer_id) for a, b in ends]
+        return self._over(src, dst, found.tier, hashed)
 
-    def _make_route(self, src: Location, dst: Location) -> Route:
+    def _over(self, src: Location, dst: Location, tier: int, chosen: Sequence[int]) -> Route:
+        """The route on which pair i takes path `chosen[i]`, counted around."""
+        paths = self._paths[src.gpus, dst.gpus]
+        pairs: dict[int, int] = {}
+        for path in chosen:
+            pairs[path % len(paths)] = pairs.get(path % len(paths), 0) + 1
+        links = dict.fromkeys(link for path in pairs for link in paths[path])
+        limits = self.spec.flow_tiers[tier]
+        return Route(
+            links=tuple(links),
+            multiplicity=len(chosen),
+            flow_cap=limits.flow_bandwidth,
+            latency_s=limits.latency_s + (self.spec.wan_latency_s if self._far(src, dst) else 0),
+            tier=tier,
+            ways=tuple(Way(paths[p], n) for p, n in pairs.items()) if len(pairs) > 1 else (),
+        )
+
+    def _make_paths(self, src: Location, dst: Location) -> list[tuple[int, ...]]:
+        """Equal paths, each of links in the order in which they are crossed."""
         a, b = self._ports(src.gpus), self._ports(dst.gpus)
         tier = self.tier(src, dst)
         if tier == NODE:
-            links: tuple[int, ...] = (a.nvlink_out, b.nvlink_in)
-        elif tier == RACK:
-            links = (a.nic_out, b.nic_in)
-        else:
-            pods = (self._pod_up[a.pod], self._pod_up[b.pod] + 1) if tier == CORE else ()
-            down = self._rack_up[b.rack] + 1
-            links = (a.nic_out, self._rack_up[a.rack], *pods, down, b.nic_in)
-        limits = self.spec.flow_tiers[tier]
-        return Route(
-            links=links,
-            multiplicity=max(len(src.gpus), len(dst.gpus)),
-            flow_cap=limits.flow_bandwidth,
-            latency_s=limits.latency_s,
-            tier=tier,
-        )
+            return [(a.nvlink_out, b.nvlink_in)]
+        if tier == RACK:
+            return [(a.nic_out, b.nic_in)]
+        up, down = self._rack_up[a.rack], self._rack_up[b.rack]
+        if tier == POD:
+            ways = zip(up, down, strict=True)
+            return [(a.nic_out, out, into + 1, b.nic_in) for out, into in ways]
+        over, under = self._pod_up[a.pod], self._pod_up[b.pod]
+        far = self._far(src, dst)
+        wan = () if far is None else (self._wan[far],)
+        return [
+            (
+                a.nic_out, up[p % len(up)], over[p % len(over)], *wan,
+                under[p % len(under)] + 1, down[p % len(down)] + 1, b.nic_in,
+            )
+            for p in range(max(len(up), len(over)))
+        ]  # fmt: skip
+
+    def _far(self, src: Location, dst: Location) -> tuple[int, int] | None:
+        """The two data centres between which a path runs; None inside one."""
+        per = self._pod_gpus * (self.spec.pods // self.spec.datacenters)
+        ends = (src.gpus[0] // per, dst.gpus[0] // per)
+        return ends if ends[0] != ends[1] else None
 
     def tier_capacity(self, tier: int) -> float:
         """Bytes per second over all links of a tier so far, both directions."""
@@ -157,13 +237,24 @@ class Topology:
             rack=gpus[0] // self._rack_gpus, pod=gpus[0] // self._pod_gpus,
         )  # fmt: skip
 
+    def _uplinks(self, name: str, capacity: float, count: int, tier: int) -> list[int]:
+        """The first directions of `count` equal links."""
+        if count == 1:
+            return [self._pair(name, "up", "down", capacity, tier)]
+        return [
+            self._pair(f"{name}.{i}", "up", "down", capacity / count, tier) for i in range(count)
+        ]
+
     def _pair(self, name: str, one: str, other: str, capacity: float, tier: int) -> int:
         """Add both directions; the second has the next index."""
         first = len(self.links)
         for way in (one, other):
-            self.links.append(Link(f"{name}-{way}", capacity, tier))
-            self.capacities.append(capacity)
+            self._add(f"{name}-{way}", capacity, tier)
         return first
+
+    def _add(self, name: str, capacity: float, tier: int) -> None:
+        self.links.append(Link(name, capacity, tier))
+        self.capacities.append(capacity)
 
     # --- placement --------------------------------------------------------------------------------
 
@@ -215,12 +306,14 @@ class Topology:
         return tuple(gpus) or None
 
     def _whole_nodes(self, free: list[int], nodes: Sequence[int], need: int) -> list[int]:
-        """`need` empty nodes, of one rack where that is possible; none if there are too few."""
+        """`need` empty nodes, of one NVLink domain, else of one rack, where that is possible; none
+        if there are too few."""
         empty = [n for n in nodes if free[n] == self.spec.gpus_per_node]
-        for start in range(len(empty) - need + 1):
-            run = empty[start : start + need]
-            if len({n // self.spec.nodes_per_rack for n in run}) == 1:
-                return run
+        for together in (self.spec.nvlink_nodes, self.spec.nodes_per_rack):
+            for start in range(len(empty) - need + 1):
+                run = empty[start : start + need]
+                if len({n // together for n in run}) == 1:
+                    return run
         return empty[:need] if len(empty) >= need else []
 
     def _full(self, pool: PoolSpec, done: int, room: int) -> ConfigError:
@@ -231,6 +324,15 @@ class Topology:
             where=f"pools.{pool.name}",
             next_step="lower count, tp or pp, or make the topology larger",
         )
+
+
+def _pairs(src: Location, dst: Location) -> int:
+    return max(len(src.gpus), len(dst.gpus))
+
+
+def _hash(src: Gpus, dst: Gpus, transfer_id: str) -> int:
+    """The same in every process."""
+    return xxhash.xxh3_64_intdigest(f"{src[0]}>{dst[0]} {transfer_id}".encode())
 
 
 def _bound(pool: PoolSpec) -> tuple[int, int]:

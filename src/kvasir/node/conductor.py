@@ -181,7 +181,7 @@ class Conductor:
         if not whole and not member.resync_asked:
             member.resync_asked = True
             self._tell(member.id, KvResync(self.epoch))
-        elif event.reset:
+        elif event.reset and whole:
             member.resync_asked = False
 
     def _on_net_reading(self, event: NetReading) -> None:
@@ -267,7 +267,7 @@ class Conductor:
 
     def _place_without_a_role(self, p: Placement) -> bool:
         """All prefill or all decode workers are gone: any worker of the model runs both phases."""
-        anyone = [m for m in self.members.values() if m.hello.model == p.request.model]
+        anyone = [m for m in self.members.values() if self._could_hold(p, m, whole=True)]
         anyone = [m for m in anyone if not m.draining and self._fits(p, m)]
         if not anyone:
             return False
@@ -297,8 +297,19 @@ class Conductor:
                            decoders=decoders)  # fmt: skip
 
     def able(self, p: Placement, role: str) -> list[Member]:
-        model = p.request.model
-        return [m for m in self.members.values() if m.may(role) and m.hello.model == model]
+        """Workers of a role that could hold the request's part there, if they were empty."""
+        prompt_only = role == "prefill"
+        return [
+            m
+            for m in self.members.values()
+            if m.may(role) and self._could_hold(p, m, whole=m.mixed or not prompt_only)
+        ]
+
+    def _could_hold(self, p: Placement, m: Member, *, whole: bool) -> bool:
+        """Whether `m` serves the model and could hold the request, or its prompt, when empty."""
+        tokens = p.request.total_tokens_max if whole else p.input_tokens + 1
+        blocks = -(-tokens // self.deployment.block_size)
+        return m.hello.model == p.request.model and blocks <= m.blocks_total
 
     def _roomy(self, p: Placement, role: str) -> list[Member]:
         return [m for m in self.able(p, role) if self._fits(p, m)]

@@ -45,14 +45,15 @@ class Life:
     """One request. `emitted` output tokens stand at the gateway, in order, each once."""
 
     __slots__ = (
-        "arrived_at", "attempt", "deaths", "decode", "emitted", "end", "first_at", "last_at",
-        "path", "prefill", "report", "request", "second_at", "submitted_at",
+        "arrived_at", "attempt", "carried", "deaths", "decode", "emitted", "end", "first_at",
+        "last_at", "path", "prefill", "report", "request", "second_at", "submitted_at",
     )  # fmt: skip
 
     def __init__(self, request: Request, now: float) -> None:
         self.request = request
         self.attempt = 1
         self.emitted = 0
+        self.carried = 0  # of them, how many this attempt began with
         self.end: EndReason | None = None  # the last emitted token ends the text
         self.deaths = 0  # workers that ended while they served it
         self.arrived_at = now
@@ -127,7 +128,7 @@ class Requests:
         new = dict.fromkeys(w for w in (event.prefill, event.decode) if w)
         for worker in new:
             if worker not in (life.prefill, life.decode):
-                count = life.request.prompt_tokens + life.emitted
+                count = life.request.prompt_tokens + life.carried
                 self._tell(worker, Prompt(event.request_id, event.attempt, count))
         if not life.prefill:  # the first place of this attempt
             life.path = life.path or event.path
@@ -187,6 +188,7 @@ class Requests:
             self._close(life, "failed")
             return
         life.attempt += 1
+        life.carried = life.emitted
         life.submitted_at = self._now
         if life.prefill:
             lost = request.prompt_tokens + life.emitted

@@ -344,6 +344,15 @@ class Worker:
         work.want, work.target = event.first_block, event.target
         if work.stage is Stage.HOLD:
             self._ship_rest(work)
+        elif work.in_step is not None and self.step is not None:
+            row = self.step.rows[self._step_works.index(work)]
+            self._ship_part(work, self._complete_after(work, row.start + row.count), work.in_step)
+
+    def _complete_after(self, work: Work, computed: int) -> int:
+        """Blocks whose KV is whole when `computed` tokens are: the last one counts at the end."""
+        if computed >= work.dispatch.input_tokens:
+            return self.blocks.count(work.dispatch.input_tokens)
+        return computed // self.blocks.size
 
     def _ship_part(self, work: Work, until: int, step: StepId) -> None:
         """Blocks that `step` completes leave layer by layer while it computes."""
@@ -435,8 +444,7 @@ class Worker:
         d = work.dispatch
         end = work.computed + count
         if d.phase == "prefill":
-            until = len(work.blocks) if end == work.known else end // self.blocks.size
-            self._ship_part(work, until, step_id)
+            self._ship_part(work, self._complete_after(work, end), step_id)
         if work.started_at is None:
             work.started_at = self._now
             work.queue_s = self._now - work.ready_at

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from pydantic import ValidationError
 
+from kvasir import __version__
 from kvasir.core.effects import AnyEffect
 from kvasir.core.errors import ConfigError
 from kvasir.core.specs import Deployment, LimitsSpec
@@ -23,6 +25,8 @@ from kvasir.node.worker import Worker
 from kvasir.runtime.policies import ready
 from kvasir.world import journal
 from kvasir.world.journal import Entry, Header
+
+WHAT_CHARS = 200
 
 
 class Turn(NamedTuple):
@@ -61,7 +65,22 @@ def turns(path: Path, node: Node | None = None) -> Iterator[Turn]:
 
 
 def build(header: Header) -> Node:
-    """The node that a journal's header describes. Raises ConfigError for an unknown kind."""
+    """The node that a journal's header describes.
+
+    Raises ConfigError for an unknown kind, or a configuration that this version does not know.
+    """
+    try:
+        return _node(header)
+    except (ValidationError, msgspec.ValidationError) as error:
+        what = " ".join(str(error).split())[:WHAT_CHARS]
+        raise ConfigError(
+            f"a configuration that version {__version__} does not know: {what}",
+            where=f"{header.node}, recorded by version {header.version}",
+            next_step="read it with the version that recorded it",
+        ) from None
+
+
+def _node(header: Header) -> Node:
     config: dict[str, Any] = header.config
     if header.kind == "conductor":
         deployment = Deployment.model_validate(config)

@@ -48,17 +48,18 @@ def _cheapest_pair(view: RouteView) -> tuple[Best | None, float]:
     spec, transfer = view.spec, view.transfer
     best: Best | None = None
     best_transfer_s = 0.0
+    sources = []
     for p in view.candidates:
-        if p.mixed:
-            continue
-        prefill_s = p.predict_prefill(view.input_tokens, cached_tokens(view, p))
-        ready_s = p.prefill_s + prefill_s
+        if not p.mixed:
+            prefill_s = p.predict_prefill(view.input_tokens, cached_tokens(view, p))
+            sources.append((p.prefill_s + prefill_s, p.id, prefill_s))
+    for ready_s, source, prefill_s in sorted(sources):  # the soonest first, so that many drop out
         for name, load, queue_s, first_s in targets:
             if best is not None and ready_s + queue_s + first_s > best[0]:
                 continue  # dear even with a free transfer
-            moved_s = transfer(name, p.id, None, "path").seconds
+            moved_s = transfer(name, source, None, "path").seconds
             cost_s = ready_s + visible_s(spec, moved_s, queue_s, prefill_s) + first_s
-            key = (cost_s, load, p.id, name)
+            key = (cost_s, load, source, name)
             if best is None or key < best:
                 best, best_transfer_s = key, moved_s
     return best, best_transfer_s

@@ -70,7 +70,6 @@ class LiveWorker:
         self._prompts: dict[Key, array[int]] = {}
         self._sampled: dict[Key, list[int]] = {}
         self._addresses: dict[WorkerId, str] = {}
-        self._streams: dict[int, list[Stream]] = {}
         self._sending: set[Key] = set()
         planes = runner.planes()
         self.sender = make_sender(
@@ -133,7 +132,7 @@ class LiveWorker:
         self._bus.tell(self.id, effect.to, message)
 
     def _step(self, effect: fx.Step) -> None:
-        self.engine.step(effect, self._streams.pop(effect.id, ()))
+        self.engine.step(effect)
 
     def _cut(self, effect: fx.Cut) -> None:
         self.engine.cut(effect.step)
@@ -145,7 +144,7 @@ class LiveWorker:
             self.sender.open(*key, self._addresses.get(effect.to, ""), effect.deadline)
         if effect.step is not None:
             stream = Stream(*key, effect.first_block, effect.blocks)
-            self._streams.setdefault(effect.step, []).append(stream)
+            self.engine.stream(effect.step, stream)
         elif effect.blocks:
             self.sender.push(*key, effect.first_block, effect.blocks, range(self._layers))
         if effect.last:

@@ -38,14 +38,14 @@ class Executor:
         self.version = 0
         self.ends_at = 0.0
         self.first_s = 0.0  # of the running step's first iteration
-        self._started = 0.0
+        self.started = 0.0
         self._steps = 0
         self._context = 0
 
     def begin(self, now: float, step: Step) -> float:
         """Start; returns when it will end, unless it is cut."""
         assert self.step is None, "a step is running"
-        self.step, self._started = step, now
+        self.step, self.started = step, now
         self.version += 1
         self._steps = 1
         if step.steps > 1:
@@ -65,12 +65,12 @@ class Executor:
         step = self.step
         if step is None or step.id != step_id or self._steps == 1:
             return None
-        done = self._model.steps_within(len(step.rows), self._context, now - self._started)
+        done = self._model.steps_within(len(step.rows), self._context, now - self.started)
         if done + 1 >= self._steps:
             return None
         self._steps = done + 1
         self.version += 1
-        self.ends_at = self._started + self._model.elapsed(
+        self.ends_at = self.started + self._model.elapsed(
             len(step.rows), self._context, self._steps
         )
         return self.ends_at
@@ -86,7 +86,7 @@ class Executor:
             return None
         done = 0
         if self._steps > 1:
-            done = self._model.steps_within(len(step.rows), self._context, now - self._started)
+            done = self._model.steps_within(len(step.rows), self._context, now - self.started)
             done = min(done, self._steps)
         return self._close(now, done)
 
@@ -95,7 +95,7 @@ class Executor:
         assert step is not None
         self.step = None
         self.version += 1
-        first_s = last_s = ended - self._started
+        first_s = last_s = ended - self.started
         if steps > 1:
             batch = len(step.rows)
             first_s = self._model.iteration_seconds(batch, self._context, 0)
@@ -111,4 +111,4 @@ class Executor:
                 elif last >= self._outputs(row.request_id):
                     end = "stop"
             rows.append(RowDone(row.request_id, row.attempt, sampled, end))  # type: ignore[arg-type]
-        return Outcome(self._started, ended, steps, first_s, last_s, tuple(rows))
+        return Outcome(self.started, ended, steps, first_s, last_s, tuple(rows))

@@ -1,4 +1,4 @@
-"""Seeded faults: late and lost messages, dying workers, clients that hang up.
+"""Seeded faults: late and lost messages, dying workers, clients that hang up, a bad network.
 
 All randomness of a simulation is here, from one seed; without faults there is none. Knows times and
 probabilities, nothing of what the messages say.
@@ -12,12 +12,14 @@ from typing import NamedTuple
 import msgspec
 
 from kvasir.core.ids import WorkerId
+from kvasir.world.sim.traffic import CrossTraffic, LinkFault
 
 
 class FaultSpec(msgspec.Struct, frozen=True):
     """Probabilities are per message or per request; seconds are means or bounds.
 
-    `until_s`: no new fault after it, so that a run can come to rest.
+    `until_s`: no new fault after it, so that a run can come to rest; `links` and `traffic` have
+    times of their own.
     """
 
     loss: float = 0.0
@@ -27,6 +29,8 @@ class FaultSpec(msgspec.Struct, frozen=True):
     cancel: float = 0.0
     cancel_s_max: float = 2.0
     until_s: float = float("inf")
+    links: tuple[LinkFault, ...] = ()
+    traffic: tuple[CrossTraffic, ...] = ()
 
 
 class Death(NamedTuple):
@@ -40,6 +44,7 @@ class Faults:
 
     def __init__(self, spec: FaultSpec, seed: int) -> None:
         self.spec = spec
+        self.seed = seed
         self._random = random.Random(seed)
 
     def lost(self, now: float) -> bool:

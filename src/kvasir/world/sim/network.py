@@ -3,16 +3,24 @@
 Knows bytes, routes and virtual time. Must not know requests' content, steps or policy. Completion
 is decided by identity: the flow whose end was computed to be next is the one that ends, whatever
 its remaining bytes have been rounded to.
+
+A flow's bytes are brought up to date when its rate changes, and only then is its end computed anew.
+Ends wait in a heap; an entry is void once its flow has a newer one. Changes of one instant are
+solved together. A transfer whose pairs take several paths is a bundle of flows, one for each path
+with its pairs' part of the bytes, and over when the last of them is.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from kvasir.core.messages import Location
 from kvasir.core.specs.topology import TIERS
-from kvasir.net.maxmin import FlowSet, flow_of
+from kvasir.net.maxmin import Flow, FlowSet, flows_of
 from kvasir.net.topology import Route, Topology
 
 
@@ -22,55 +30,109 @@ class Schedule(Protocol):
     def __call__(self, at: float, action: Callable[[], None]) -> None: ...
 
 
-class _Flow:
-    __slots__ = ("done", "remaining", "tiers")
+def _never() -> None:
+    raise AssertionError("a flow without an end ended")
 
-    def __init__(self, nbytes: float, tiers: tuple[int, ...], done: Callable[[], None]) -> None:
-        self.remaining = nbytes
-        self.tiers = tiers  # of the links that it crosses
+
+class _Bundle:
+    """One transfer: flows `names`, of which `left` are not over."""
+
+    __slots__ = ("done", "left", "names")
+
+    def __init__(self, names: range, done: Callable[[], None]) -> None:
+        self.names = names
+        self.left = len(names)
         self.done = done
 
 
+class _Flow:
+    """`remaining` bytes as of `since`; at `rate` ever since, so it is over at `ends_at`.
+
+    `version` counts changes of `ends_at`; `awaited` is the one that the world's heap waits for.
+    """
+
+    __slots__ = (
+        "awaited", "bundle", "ends_at", "rate", "remaining", "since", "tiers", "version",
+    )  # fmt: skip
+
+    def __init__(self, nbytes: float, tiers: tuple[int, ...], now: float, bundle: _Bundle) -> None:
+        self.remaining = nbytes
+        self.tiers = tiers  # of the links that it crosses
+        self.bundle = bundle
+        self.since = now
+        self.rate = 0.0
+        self.ends_at = math.inf
+        self.version = 0
+        self.awaited = 0
+
+
 class SimNetwork:
-    """Flows by number. `now` is passed in by whoever calls."""
+    """Flows by number; a bundle goes by its first. `now` is passed in by whoever calls."""
 
     def __init__(self, topology: Topology, schedule: Schedule) -> None:
         self.topology = topology
         self.bytes_by_tier = [0] * len(TIERS)
         self._schedule = schedule
+        self._bundles: dict[int, _Bundle] = {}
         self._flows: dict[int, _Flow] = {}
         self._shares: FlowSet[int] = FlowSet(topology.capacities)
+        self._ends: list[tuple[float, int, int]] = []  # when, flow, version
         self._next = 1
-        self._version = 0
-        self._now = 0.0
+        self._unsolved = False
         self._moved = [0.0] * len(TIERS)
         self._window_started = 0.0
 
-    def route(self, src: Location, dst: Location) -> Route:
-        return self.topology.route(src, dst)
+    def route(self, src: Location, dst: Location, transfer_id: str | None = None) -> Route:
+        return self.topology.route(src, dst, transfer_id)
 
     def start(self, now: float, route: Route, nbytes: int, done: Callable[[], None]) -> int:
-        """Begin a flow of `nbytes` > 0; `done` is called at its end, unless it is stopped."""
-        self._advance(now)
-        name, self._next = self._next, self._next + 1
-        tiers = tuple(self.topology.links[link].tier for link in route.links)
-        self._flows[name] = _Flow(float(nbytes), tiers, done)
-        self._shares.add(name, flow_of(route))
+        """Begin to send `nbytes` > 0; `done` is called at their end, unless they are stopped."""
         self.bytes_by_tier[route.tier] += nbytes
-        self._plan()
-        return name
+        return self._begin(now, route, flows_of(route), float(nbytes), done)
 
-    def stop(self, now: float, name: int) -> None:
-        """End a flow early; unknown or over: nothing happens."""
-        if name in self._flows:
-            self._advance(now)
-            del self._flows[name]
-            self._shares.remove(name)
-            self._plan()
+    def background(self, now: float, route: Route, bandwidth: float) -> int:
+        """Begin a flow of others that has no end: at most `bandwidth` bytes per second in all."""
+        cap = bandwidth / route.multiplicity
+        flows = [flow._replace(cap=min(cap, flow.cap or cap)) for flow in flows_of(route)]
+        return self._begin(now, route, flows, math.inf, _never)
+
+    def set_capacity(self, now: float, link: int, capacity: float) -> None:
+        """From now on a link carries `capacity` bytes per second; 0: what crosses it stalls."""
+        self.topology.capacities[link] = capacity
+        self._shares.changed([link])
+        self._solve_soon(now)
+
+    def _begin(
+        self, now: float, route: Route, flows: list[Flow], nbytes: float,
+        done: Callable[[], None],
+    ) -> int:  # fmt: skip
+        first, self._next = self._next, self._next + len(flows)
+        bundle = self._bundles[first] = _Bundle(range(first, self._next), done)
+        links = self.topology.links
+        for name, flow in zip(bundle.names, flows, strict=True):
+            tiers = tuple(links[link].tier for link in flow.links)
+            part = nbytes * flow.multiplicity / route.multiplicity
+            self._flows[name] = _Flow(part, tiers, now, bundle)
+            self._shares.add(name, flow)
+        self._solve_soon(now)
+        return first
+
+    def stop(self, now: float, first: int) -> None:
+        """End what `start` began early; unknown or over: nothing happens."""
+        bundle = self._bundles.pop(first, None)
+        if bundle is None:
+            return
+        for name in bundle.names:
+            flow = self._flows.pop(name, None)
+            if flow is not None:
+                self._move(flow, now)
+                self._shares.remove(name)
+        self._solve_soon(now)
 
     def utilisation(self, now: float) -> tuple[float, ...]:
         """Share of each tier's capacity used since the last call; the window starts anew."""
-        self._advance(now)
+        for flow in self._flows.values():
+            self._move(flow, now)
         seconds = now - self._window_started
         used = []
         for tier, moved in enumerate(self._moved):
@@ -80,42 +142,71 @@ class SimNetwork:
         self._window_started = now
         return tuple(used)
 
-    def _advance(self, now: float) -> None:
-        seconds = now - self._now
-        self._now = now
-        if seconds <= 0 or not self._flows:
-            return
-        rates = self._shares.rates()
-        for name, flow in self._flows.items():
-            sent = min(rates[name] * seconds, flow.remaining)
+    def _move(self, flow: _Flow, now: float) -> None:
+        """What has gone since the flow was last looked at."""
+        sent = min(flow.rate * (now - flow.since), flow.remaining)
+        flow.since = now
+        if sent > 0:
             flow.remaining -= sent
             for tier in flow.tiers:
                 self._moved[tier] += sent
 
-    def _plan(self) -> None:
-        """Find the flow that ends next and wait for it; any change makes the plan void."""
-        self._version += 1
-        best, best_s = 0, float("inf")
-        rates = self._shares.rates()
-        for name, flow in self._flows.items():
-            rate = rates[name]
-            seconds = flow.remaining / rate if rate > 0 else float("inf")
-            if seconds < best_s:
-                best, best_s = name, seconds
-        if best:
-            version = self._version
-            self._schedule(self._now + best_s, lambda: self._end(version, best))
+    def _solve_soon(self, now: float) -> None:
+        """At this instant, after whatever else happens in it."""
+        if not self._unsolved:
+            self._unsolved = True
+            self._schedule(now, partial(self._solve, now))
 
-    def _end(self, version: int, name: int) -> None:
-        if version != self._version:
+    def _solve(self, now: float) -> None:
+        """New rates, and new ends for the flows that have one."""
+        self._unsolved = False
+        for name, rate in self._shares.settle().items():
+            flow = self._flows[name]
+            self._move(flow, now)
+            flow.rate = rate
+            flow.ends_at = now + flow.remaining / rate if rate > 0 else math.inf
+            flow.version += 1
+            if flow.ends_at < math.inf:
+                heapq.heappush(self._ends, (flow.ends_at, name, flow.version))
+        if len(self._ends) > 2 * len(self._flows) + 64:
+            self._ends = [end for end in self._ends if self._valid(end[1], end[2])]
+            heapq.heapify(self._ends)
+        self._await_next()
+
+    def _valid(self, name: int, version: int) -> bool:
+        flow = self._flows.get(name)
+        return flow is not None and flow.version == version
+
+    def _await_next(self) -> None:
+        """Have the world's heap wait for the flow that ends next, unless it does already."""
+        while self._ends:
+            at, name, version = self._ends[0]
+            if self._valid(name, version):
+                flow = self._flows[name]
+                if flow.awaited != version:
+                    flow.awaited = version
+                    self._schedule(at, partial(self._end, name, version))
+                return
+            heapq.heappop(self._ends)
+
+    def _end(self, name: int, version: int) -> None:
+        """The flow is over, unless its end has moved since."""
+        if not self._valid(name, version):
             return
-        seconds = self._flows[name].remaining / self._shares.rates()[name]
-        self._advance(self._now + seconds)
         flow = self._flows.pop(name)
+        for tier in flow.tiers:
+            self._moved[tier] += flow.remaining
         self._shares.remove(name)
-        self._plan()
-        flow.done()
+        self._solve_soon(flow.ends_at)
+        bundle = flow.bundle
+        bundle.left -= 1
+        if not bundle.left:
+            del self._bundles[bundle.names[0]]
+            bundle.done()
 
     def check(self) -> None:
         assert len(self._flows) == len(self._shares)
-        assert all(flow.remaining >= 0 for flow in self._flows.values())
+        assert sum(bundle.left for bundle in self._bundles.values()) == len(self._flows)
+        for name, flow in self._flows.items():
+            assert flow.remaining >= 0
+            assert self._unsolved or flow.rate == self._shares.rates()[name], name

@@ -8,6 +8,7 @@ one `SendOver` and every `Fetch` with one `Received`, as a live transport does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from kvasir.core.effects import Fetch, Send
 from kvasir.core.ids import RequestId, WorkerId
@@ -17,6 +18,14 @@ from kvasir.world.sim.network import Schedule, SimNetwork
 
 Key = tuple[RequestId, int]
 Tell = Callable[[WorkerId, Received | SendOver], None]
+
+
+class Running(NamedTuple):
+    """A step in virtual time."""
+
+    step: int
+    started: float
+    ends_at: float
 
 
 class Transfer:
@@ -58,13 +67,19 @@ class Transfers:
         transfer = self._all.setdefault((effect.request_id, effect.attempt), Transfer())
         transfer.target, transfer.fetch = worker, effect
 
-    def send(self, now: float, worker: WorkerId, effect: Send) -> None:
+    def send(
+        self, now: float, worker: WorkerId, effect: Send, running: Running | None = None
+    ) -> None:
+        """`running`: the step that the worker runs now, if any."""
         transfer = self._all.get((effect.request_id, effect.attempt))
         if transfer is None or transfer.target != effect.to:
             self._tell(worker, SendOver(effect.request_id, effect.attempt, False))
             return
         transfer.source = worker
         transfer.parts += 1
+        if running is not None and running.step == effect.step:
+            self._stream(effect, running.started, running.ends_at)
+            return
         if effect.step is not None:
             self._streams.setdefault((worker, effect.step), []).append(effect)
             return
@@ -78,7 +93,7 @@ class Transfers:
         for effect in self._streams.pop((worker, step), ()):
             self._stream(effect, now, ends_at)
 
-    def _stream(self, effect: Send, now: float, ends_at: float) -> None:
+    def _stream(self, effect: Send, started: float, ends_at: float) -> None:
         """All layers but the last while the step computes, the last one when it is done."""
         key = (effect.request_id, effect.attempt)
         transfer = self._all.get(key)
@@ -93,7 +108,8 @@ class Transfers:
         def finish() -> None:
             self._flow(key, transfer, tail, lambda: self._part_over(key, transfer))
 
-        self._schedule(now + (ends_at - now) / self._layers, begin)
+        first_layer = started + (ends_at - started) / self._layers
+        self._schedule(max(self._clock(), first_layer), begin)
 
     def _flow(
         self, key: Key, transfer: Transfer | None, nbytes: int, then: Callable[[], None]
@@ -105,7 +121,7 @@ class Transfers:
         now = self._clock()
         if transfer.started is None:
             transfer.started = now
-        route = self._route(transfer)
+        route = self._route(key, transfer)
 
         def begin() -> None:
             if self._all.get(key) is not transfer:
@@ -162,9 +178,9 @@ class Transfers:
         if transfer.source:
             self._tell(transfer.source, SendOver(*key, False))
 
-    def _route(self, transfer: Transfer) -> Route:
+    def _route(self, key: Key, transfer: Transfer) -> Route:
         here, there = self._locations[transfer.source], self._locations[transfer.target]
-        return self._network.route(here, there)
+        return self._network.route(here, there, f"{key[0]}/{key[1]}")
 
     def __len__(self) -> int:
         return len(self._all)

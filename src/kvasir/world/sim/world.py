@@ -50,7 +50,8 @@ from kvasir.world.sim.executor import Executor, Outcome
 from kvasir.world.sim.faults import Death, Faults
 from kvasir.world.sim.network import SimNetwork
 from kvasir.world.sim.record import Recorder
-from kvasir.world.sim.transfers import Transfers
+from kvasir.world.sim.traffic import befall
+from kvasir.world.sim.transfers import Running, Transfers
 
 GATEWAY = "gateway-0"
 MESSAGE_S = 100e-6  # one control message, one way
@@ -127,9 +128,17 @@ class SimWorld:
             self.schedule(d.topology.telemetry_s, self._telemetry)
         self._next_arrival()
         if self._faults is not None:
+            self._befall_network(self._faults)
             workers = d.worker_ids()
             for death in self._faults.deaths(workers, self._faults.spec.until_s):
                 self.schedule(death.at, lambda death=death: self._die(death))  # type: ignore[misc]
+
+    def _befall_network(self, faults: Faults) -> None:
+        links, traffic = faults.spec.links, faults.spec.traffic
+        if links or traffic:
+            for location in self.locations.values():
+                self.network.route(location, location)  # its links have names from here on
+            befall(self.network, self.schedule, links, traffic, faults.seed)
 
     def boot_worker(self, worker: WorkerId, incarnation: int) -> None:
         config = worker_config(
@@ -302,7 +311,12 @@ class SimWorld:
             self._await_step(host, executor)
 
     def _send_kv(self, host: Host, effect: fx.Send) -> None:
-        self.transfers.send(self.now, host.id, effect)
+        executor = host.executor
+        assert executor is not None
+        running = None
+        if executor.step is not None:
+            running = Running(executor.step.id, executor.started, executor.ends_at)
+        self.transfers.send(self.now, host.id, effect, running)
 
     def _fetch_kv(self, host: Host, effect: fx.Fetch) -> None:
         self.transfers.fetch(self.now, host.id, effect)
