@@ -35,7 +35,7 @@ from kvasir.world.sim.closed import simulate_closed
 FILE = Path("../shared/data/calibration/silicon/silicon_sample.csv.gz")
 GOALS = {"ttft": 0.12, "tpot": 0.08}
 REQUESTS_MIN, USERS_MAX = 160, 512
-HOLDOUT_USERS_MAX = 32
+HOLDOUT_USERS_MAX = 16
 
 
 class FrontEnd(NamedTuple):
@@ -45,7 +45,7 @@ class FrontEnd(NamedTuple):
     sending, templates, tokenising), so users who start together wait for each other there.
     """
 
-    request_s: float = 9e-3
+    request_s: float = 11e-3
     serial_s: float = 1.5e-3
     token_s: float = 6e-6
 
@@ -184,11 +184,11 @@ def by_group(cases: Sequence[Case], found: dict[str, Errors]) -> None:
 
 # One change at a time; effects on the logarithm of a time are taken to add up.
 STEPS: dict[str, tuple[float, ...]] = {
-    "request_s": (4e-3, 14e-3),
+    "request_s": (5e-3, 16e-3),
     "token_s": (4e-6, 8e-6),
     "kernel": (1.0, 1.04),
     "prefill_experts": (1.2, 2.0),
-    "layer_s": (4e-6, 9e-6),
+    "layer_s": (4e-6, 12e-6),
     "host_row_s": (25e-6, 50e-6),
 }
 

@@ -43,7 +43,7 @@ class Engine(NamedTuple):
     row_s: float = 3e-6  # a sequence in it
     host_step_s: float = 1.2e-3  # an iteration's own on the host: scheduling, answers
     host_row_s: float = 36e-6  # a sequence in it
-    layer_s: float = 6e-6  # small kernels of a layer: norms, rotary, cache write, activation
+    layer_s: float = 8e-6  # small kernels of a layer: norms, rotary, cache write, activation
     kernel: float = 1.08  # kernels in a server against the same ones measured alone
     prefill_experts: float = 1.5  # experts in a step with prompts, against the same ones measured
     distribution: str = "power_law_1.2"  # of tokens over experts
