@@ -46,12 +46,13 @@ class Blocks:
     def grow(self, work: Work, tokens: int) -> bool:
         """Blocks for `tokens` tokens. False when a preempted sequence's blocks were shared and so
         did not become free: the row sits this step out."""
-        missing = self.count(tokens) - len(work.blocks)
+        missing = -(-tokens // self.size) - len(work.blocks)
+        if missing <= 0:
+            return True
         if missing > self.pool.available:
             return False
-        if missing > 0:
-            after = work.blocks[-1] if work.blocks else None
-            work.blocks += self.pool.allocate(missing, after)
+        after = work.blocks[-1] if work.blocks else None
+        work.blocks += self.pool.allocate(missing, after)
         return True
 
     def commit(self, work: Work) -> None:
