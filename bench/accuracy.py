@@ -197,7 +197,7 @@ def changed(name: str, value: float) -> Constants:
     base = Constants()
     if name in FrontEnd._fields:
         return base._replace(front=base.front._replace(**{name: value}))
-    return base._replace(engine=base.engine._replace(**{name: value}))
+    return base._replace(engine=Engine(**{**base.engine._asdict(), name: value}))
 
 
 def holdout(cases: Sequence[Case], found: dict[str, Errors]) -> dict[str, Errors]:

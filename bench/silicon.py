@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from kvasir.core.specs import Deployment, ModelSpec, PoolSpec
+from kvasir.core.specs import Deployment, ModelSpec, PoolSpec, TopologySpec
 from kvasir.core.specs.deployment import MeasuredCost
 from kvasir.measure.calibration import table_systems
 
@@ -41,6 +41,7 @@ LENGTH_MIN_SHARE: Final = 0.8
 # Lengths of one nominal length differ a little all the same: texts are cut into tokens anew.
 NOMINAL_MIN_SHARE: Final = 0.97
 WAVES: Final = 10
+ROOM: Final = TopologySpec(pods=16)
 BATCH_TOKENS: Final = 8192  # vLLM's default for its own server with 70 GB or more
 EMBEDDED_BATCH_TOKENS: Final = 2048  # ... and where another program embeds its engine
 BATCH_MAX: Final = 1024
@@ -124,7 +125,9 @@ def case(row: Row) -> Case:
         backend=row["backend"],
         mode=row["mode"],
         coverage=coverage(row),
-        deployment=Deployment(models=(ModelSpec(name=shape, max_context=1 << 20),), pools=pools),
+        deployment=Deployment(
+            models=(ModelSpec(name=shape, max_context=1 << 20),), pools=pools, topology=ROOM
+        ),
         users=users,
         input_tokens=round(int(row["isl"]) * stretch),
         output_tokens=round(int(row["osl"]) * stretch),

@@ -367,7 +367,7 @@ class Cluster:
                 "works": len(node.works), "quarantine": len(node.quarantine),
                 "blocks": node.pool.held, "step": int(node.step is not None),
                 "prompts": len(live._prompts), "openings": len(live._openings),
-                "sampled": len(live._sampled), "streams": len(live._streams),
+                "sampled": len(live._sampled), "streams": len(live.engine._waiting),
                 "sending": len(live._sending), "expected": len(live.receiver._expected),
                 "open": len(live.sender._open_now),
             }  # fmt: skip

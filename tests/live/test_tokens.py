@@ -49,7 +49,6 @@ TCP: Layout = {"transport": "tcp"}
 LAYOUTS = pytest.mark.parametrize("layout", [MIXED, SHM, TCP], ids=["mixed", "shm", "tcp"])
 SPLIT = pytest.mark.parametrize("layout", [SHM, TCP], ids=["shm", "tcp"])
 FIRST = pytest.mark.parametrize("first", ["prefill", "decode"])
-BOTH = pytest.mark.parametrize("golden", ["qwen3", "llama"], indirect=True)
 
 
 class Golden:
@@ -117,10 +116,13 @@ def attempts_of(c: Cluster, request_id: str) -> int:
 # --- greedy text ----------------------------------------------------------------------------------
 
 
-@BOTH
+@pytest.mark.parametrize(
+    ("golden", "chunk"),
+    [("qwen3", 1), ("qwen3", 7), ("qwen3", 16), ("qwen3", 512), ("llama", 7), ("llama", 512)],
+    indirect=["golden"],
+)  # fmt: skip
 @LAYOUTS
 @FIRST
-@pytest.mark.parametrize("chunk", [1, 7, 16, 512])
 def test_greedy_text_is_what_generate_gives(
     golden: Golden, layout: Layout, first: str, chunk: int
 ) -> None:
@@ -143,16 +145,18 @@ def test_greedy_text_is_what_generate_gives(
     run(main())
 
 
-@LAYOUTS
-@FIRST
+@pytest.mark.parametrize(
+    ("layout", "first"), [(MIXED, "prefill"), (SHM, "prefill"), (TCP, "decode")],
+    ids=["mixed", "shm", "tcp"],
+)  # fmt: skip
 def test_a_hundred_requests_in_a_row(golden: Golden, layout: Layout, first: str) -> None:
-    """One after another, over and over the same prompts and each new one: hits and misses."""
+    """One after another, some prompts again and again: hits and misses."""
 
     async def main() -> None:
         rng = random.Random(1)
         async with cluster(deployment_of(golden.folder, first_token=first, **layout)) as c:
             for turn in range(110):
-                prompt, n = rng.choice(PROMPTS), rng.randint(1, N)
+                prompt, n = rng.choice(PROMPTS), rng.randint(1, 8)
                 answer = await c.ask(prompt, n)
                 assert answer.tokens == golden.text(prompt, n), f"turn {turn}"
                 assert attempts_of(c, answer.request_id) == 1
@@ -451,10 +455,10 @@ async def on_its_way(c: Cluster) -> Pieces:
 async def in_its_decode(c: Cluster) -> Pieces:
     gate = c.gates["decode-0"]
     gate.shut()
-    _, pieces = c.submit(LEFT, 400, name="left")
+    _, pieces = c.submit(LEFT, 100, name="left")
     gate.let(2)
     await c.until(lambda: gate.stopped and "left" in c.works("decode-0"))
-    await c.until(lambda: gate.stopped and c.works("decode-0")["left"].computed > len(LEFT))
+    await c.until(lambda: gate.stopped and c.works("decode-0")["left"].computed_here > 0)
     return pieces
 
 
@@ -474,7 +478,7 @@ def test_a_client_leaves(folder: Path, layout: Layout, first: str, stage: Stage_
         slow = 40.0 if stage is on_its_way else None
         deployment = deployment_of(
             folder, engine="fake", first_token=first, chunk=7, kv_blocks=12, prefill_blocks=64,
-            bytes_per_s_max=slow, **layout,
+            steps_max=1, bytes_per_s_max=slow, **layout,
         )  # fmt: skip
         async with cluster(deployment) as c:
             pieces = await stage(c)
@@ -655,7 +659,7 @@ async def crowd_seed(seed: int, folder: Path) -> int:
         return len(c.events(Preempted))
 
 
-@pytest.mark.parametrize("seeds", [range(0, 10), range(10, 20), range(20, 30)])
+@pytest.mark.parametrize("seeds", [range(0, 8), range(8, 16), range(16, 24)], ids=str)
 def test_every_cached_block_holds_what_its_key_names(folder: Path, seeds: range) -> None:
     """However crowded, no answer has a wrong token, and no cache a block under a wrong name."""
     assert sum(run(crowd_seed(seed, folder)) for seed in seeds) > 0

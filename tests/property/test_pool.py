@@ -194,7 +194,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40)
+TestPool.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 # --- neighbours are handed out together -----------------------------------------------------------
@@ -209,28 +209,36 @@ def runs_with(free: set[int], blocks_count: int) -> FreeRuns:
     return runs
 
 
-free_sets = st.sets(st.integers(0, 31), min_size=1)
+@st.composite
+def demands(draw: st.DrawFn) -> tuple[set[int], int, int | None]:
+    """Free blocks of 32, how many are wanted, and a held block that they may follow."""
+    states = draw(st.lists(st.booleans(), min_size=32, max_size=32).filter(any))
+    free = {i for i, is_free in enumerate(states) if is_free}
+    held = sorted(set(range(32)) - free)
+    after = draw(st.sampled_from([None, *held]))
+    return free, draw(st.integers(1, len(free))), after
 
 
-@given(free_sets, st.integers(1, 32), st.none() | st.integers(0, 31))
+@given(demands())
 def test_blocks_come_in_as_few_runs_as_there_can_be(
-    free: set[int], count: int, after: int | None
+    demand: tuple[set[int], int, int | None],
 ) -> None:
-    assume(count <= len(free) and after not in free)
+    free, count, after = demand
     runs = runs_with(free, 32)
     assert runs.check() == free
     taken = runs.take(count, after)
     assert set(taken) <= free and runs.check() == free - set(taken)
-    assert pieces(taken) == fewest_pieces(free, count, after)
+    assert len(taken) == count and pieces(taken) == fewest_pieces(free, count, after)
     if after is not None and after + 1 in free:
         assert taken[0] == after + 1
 
 
-@given(free_sets, st.integers(1, 32))
-def test_the_smallest_run_that_fits_is_used(free: set[int], count: int) -> None:
+@given(demands())
+def test_the_smallest_run_that_fits_is_used(demand: tuple[set[int], int, int | None]) -> None:
     """Large runs are kept for those who need them."""
+    free, most, _ = demand
+    count = min(most, max(map(len, runs_of(free))))
     fitting = [r for r in runs_of(free) if len(r) >= count]
-    assume(fitting)
     taken = runs_with(free, 32).take(count, None)
     (home,) = [r for r in fitting if taken[0] in r]
     assert len(home) == min(len(r) for r in fitting)

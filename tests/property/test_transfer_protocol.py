@@ -435,7 +435,9 @@ def test_a_full_queue_fails_the_transfer_and_never_waits(kind: str) -> None:
         sender = StreamSender(
             source, medium, on_over=ends.on_over, queue_bytes_max=4096, bytes_per_s_max=1.0
         )
-        sender.open("a", 1, receiver.address, time.monotonic() + FAR_S)
+        deadline = time.monotonic() + FAR_S
+        receiver.expect("a", 1, 0, list(range(BLOCKS)), LAYERS, deadline)
+        sender.open("a", 1, receiver.address, deadline)
         for at in range(100):
             sender.push("a", 1, at, [0], range(LAYERS))
         ends.wait(lambda: len(ends.over) == 1)

@@ -30,7 +30,9 @@ def small(seed: int = 0) -> Result:
 
 
 def faulty(seed: int = 0) -> Result:
-    return simulate(cluster(pool={"kv_blocks": 60}), trace(60), seed=seed, faults=FAULTS)
+    """Round robin shows in which order workers are looked at."""
+    d = cluster(count=3, pool={"kv_blocks": 60}, route={"name": "round_robin"})
+    return simulate(d, trace(60), seed=seed, faults=FAULTS)
 
 
 def mooncake(seed: int = 0) -> Result:

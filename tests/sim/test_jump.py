@@ -13,17 +13,18 @@ import pytest
 
 from kvasir.core.effects import Cut
 from kvasir.core.specs import Deployment
-from kvasir.core.specs.deployment import FittedCost
+from kvasir.core.specs.deployment import FittedCost, MeasuredCost
 from kvasir.traces.record import Arrival
 from kvasir.world.sim.faults import Faults, FaultSpec
 from kvasir.world.sim.world import SimWorld
 from tests.sims import FITTED, arrivals, cluster
 
-COSTS: dict[str, tuple[str, FittedCost | None]] = {
+COSTS: dict[str, tuple[str, FittedCost | MeasuredCost | None]] = {
     "fitted": ("tiny", FITTED),
     "fitted steep": ("tiny", FittedCost(overhead_s=1e-3, per_token_s=0.0, per_context_s=1e-6)),
     "roofline dense": ("llama-3-8b", None),
     "roofline experts": ("mixtral-8x7b", None),
+    "measured": ("llama-3-8b", MeasuredCost()),
 }
 CANCELS = FaultSpec(cancel=0.3, cancel_s_max=1.5, until_s=0.0)
 

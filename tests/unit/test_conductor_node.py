@@ -312,6 +312,16 @@ def test_a_refusal_loses_the_attempt_at_both_workers() -> None:
     assert reserved(c) == {} and not c.node.placements
 
 
+def test_a_refusal_of_one_that_is_no_longer_needed_loses_nothing() -> None:
+    """The KV has arrived; then its lease ended."""
+    c = conductor()
+    submit(c)
+    shipped(c)
+    assert not c(Refused("p", "r", 1, "its lease ended")).told(Lost)
+    finished(c)
+    assert not c(Refused("d", "r", 1, "late")).told(Lost)
+
+
 def test_a_draining_worker_gets_nothing_more() -> None:
     c = conductor("p", "d", "d2")
     assert submit(c).told(Dispatch).to == ["p", "d"]
@@ -323,12 +333,14 @@ def test_a_draining_worker_gets_nothing_more() -> None:
 @pytest.mark.parametrize("gone", ["p", "d"])
 def test_a_dead_worker_loses_what_it_serves(gone: str) -> None:
     c = conductor("p", "p2", "d", "d2")
+    c(KvEvents(gone, 1, 1, keys(2, 7)))
     submit(c)
     effects = c(WorkerGone(gone, 1, "died"))
     assert lost(effects).died and gone in lost(effects).reason
     assert effects.told(Abort).to == [{"p": "d", "d": "p"}[gone]], "its partner is told"
     assert effects.noted(WorkerLeft) == [WorkerLeft(gone, 1, "died")]
     assert gone not in c.node.members and reserved(c) == {}
+    assert c.node.index.match(keys(2, 7)) == {}
     again = submit(c, attempt=2, emitted=1).told(Dispatch)
     assert gone not in again.to and again.messages[0].emitted == 1
 

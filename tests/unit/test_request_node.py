@@ -109,6 +109,19 @@ def test_a_worker_that_is_chosen_later_gets_the_prompt_then() -> None:
     assert placed(g).told(Prompt).to == []
 
 
+def test_its_prompt_is_the_attempts_not_what_was_emitted_since() -> None:
+    """The prefill worker has drawn a token already: that one comes with the KV."""
+    g = gateway()
+    g(Arrive(request()))
+    placed(g, decode="")
+    g(tokens("r", 0))
+    assert placed(g).told(Prompt).pairs == [("d", Prompt("r", 1, 10))]
+    g(Lost("r", 1, "x"))
+    placed(g, 2, decode="")
+    g(tokens("r", 1, attempt=2))
+    assert placed(g, 2).told(Prompt).one().count == 11
+
+
 def test_one_worker_for_both_phases_gets_one_prompt() -> None:
     g = gateway()
     g(Arrive(request()))

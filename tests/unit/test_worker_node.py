@@ -149,6 +149,20 @@ def test_blocks_leave_layer_by_layer_with_the_step_that_completes_them() -> None
     assert rest.report is not None and rest.report.computed_tokens == 15
 
 
+def test_a_want_that_comes_during_a_step_takes_what_it_completes() -> None:
+    """15 tokens in chunks of 6: after the second one 12 are there, three whole blocks."""
+    w = worker(chunk_tokens=6)
+    w(dispatch(request(tokens=15), "prefill"))
+    second = w(over(w(prompt(15)).one(Step))).one(Step)
+    part = w(KvWant("r", 1, "d", first_block=1)).one(Send)
+    assert (part.first_block, len(part.blocks), part.step, part.last) == (1, 2, second.id, False)
+    third = w(over(second)).one(Step)
+    part = w.heard.of(Send)[-1]
+    assert (part.first_block, len(part.blocks), part.step) == (3, 1, third.id)
+    assert w(over(third)).one(Send).last
+    assert [s.first_block for s in w.heard.of(Send)] == [1, 3, 4], "each block once"
+
+
 @pytest.mark.parametrize(
     ("first_token", "start", "index", "left"), [("prefill", 10, 1, 4), ("decode", 9, 0, 5)]
 )
@@ -563,6 +577,20 @@ def test_a_failed_transfer_gives_the_attempt_up() -> None:
     assert target.node.pool.held == source.node.pool.held == 0
 
 
+def test_a_sender_that_let_go_is_not_the_receivers_failure() -> None:
+    """The conductor knows why, and says so; if it does not, the wait has its end."""
+    for aborted in (True, False):
+        w = worker()
+        w(dispatch(request(), "decode"))
+        w(prompt(10))
+        assert not w(Received("r", 1, False, by_sender=True)).told(Refused)
+        if aborted:
+            abort(w)
+        else:
+            assert refusal(beat(w, after=31)) == "its KV did not come"
+        assert w.node.pool.held == 0 and not w.node.works
+
+
 # --- steps ----------------------------------------------------------------------------------------
 
 
@@ -580,6 +608,18 @@ def test_only_what_can_join_ends_a_run() -> None:
     w(over(begin(w, "a").one(Step)))
     quiet = [Alarm("beat"), KvResync(1), Welcome(1), dispatch(request("b")), KvWant("x", 1, "d", 0)]
     assert not [m for m in quiet if w(m).of(Cut)]
+
+
+def test_room_ends_a_run_for_one_that_waits_for_it() -> None:
+    """8 blocks: "a" runs in 4 or 5, "r" receives into 3, and "b" waits for two, not for a place."""
+    w = worker(kv_blocks=8)
+    w(over(begin(w, "a", 8).one(Step)))
+    w(dispatch(request(tokens=10), "decode"))
+    begin(w, "b", 8)
+    run = w(over(w.heard.of(Step)[-1])).one(Step)
+    assert [r.request_id for r in run.rows] == ["a"] and run.steps > 1
+    assert w.node.works["r"].stage is Stage.KV and w.node.works["b"].stage is Stage.QUEUE
+    assert w(Received("r", 1, False, reason="checksum")).one(Cut) == Cut(run.id)
 
 
 def test_the_urgent_band_goes_first() -> None:

@@ -401,12 +401,13 @@ class Worker:
             chosen = [(w, c) for w, c in zip(self.running, plan.counts, strict=True) if c]
             order = plan.order or range(len(plan.admitted))
             entering = [self.waiting[i] for i in order]
-            for work in [self.running[i] for i in plan.preempted]:
+            victims = [self.running[i] for i in plan.preempted]
+            for work in victims:
                 self._preempt(work)
             if chosen or entering:
                 self._start_step(plan, chosen, entering)
-            if self.step is not None or not plan.preempted:
-                return
+            if self.step is not None or not victims or any(work.dead for work in victims):
+                return  # a dead one's blocks come free when its transfer is over, soon
 
     def _start_step(
         self, plan: batch.Batch, chosen: list[tuple[Work, int]], entering: list[Work]
@@ -593,6 +594,8 @@ class Worker:
             return
         del self.quarantine[work.id, work.attempt]
         self.blocks.free(work)
+        if self.waiting:
+            self._cut()
 
     def _find(self, request_id: RequestId, attempt: int) -> Work | None:
         work = self.works.get(request_id)
