@@ -384,9 +384,11 @@ class Cluster:
     def feed_conductor(self, message: AnyMessage) -> None:
         self.platform.bus.hosts[CONDUCTOR].feed(message)
 
-    def tap(self, worker: WorkerId, tap: Tap) -> None:
-        """Messages from `worker` that `tap` refuses are lost."""
-        self.threads.buses[worker].tap = tap
+    def tap(self, node: NodeId, tap: Tap) -> None:
+        """Messages from a node that `tap` refuses are lost; conductor and gateway share a bus."""
+        bus = self.threads.buses.get(node, self.platform.bus)
+        assert isinstance(bus, TappedBus)
+        bus.tap = tap
 
 
 async def collect(request_id: RequestId, pieces: Pieces) -> Answer:
@@ -424,7 +426,7 @@ async def cluster(deployment: Deployment) -> AsyncIterator[Cluster]:
     loop.set_exception_handler(
         lambda _, context: fail(context.get("exception") or AssertionError(context["message"]))
     )
-    with mock.patch.object(platform_module, "Metrics", Heard):
+    with mock.patch.multiple(platform_module, Metrics=Heard, Bus=TappedBus):
         platform = Platform(deployment, {}, run_dir, None)
     threads = Threads(deployment, run_dir, fail)
     platform.fleet = threads  # type: ignore[assignment]

@@ -139,8 +139,6 @@ def test_bytes_that_leave_chunk_by_chunk(folder: Path, transport: str, chunk: in
             await c.at_rest()
             timeline = c.workers["prefill-0"].sender.timeline(answer.request_id, 1)
             assert timeline is not None and timeline.bytes == bytes_of(7)
-            ends = [end for w, _, layer, end in c.threads.layers if w == "prefill-0" and layer == 1]
-            assert timeline.first_frame_s is not None and timeline.first_frame_s < max(ends)
 
     run(main())
 

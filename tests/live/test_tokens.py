@@ -20,7 +20,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from kvasir.core.events import Closed, Preempted, Retried  # noqa: E402
-from kvasir.core.messages import Done, Finished, KvWant, Refused, Tokens  # noqa: E402
+from kvasir.core.ids import CONDUCTOR  # noqa: E402
+from kvasir.core.messages import Abort, Done, Finished, KvWant, Refused, Tokens  # noqa: E402
 from kvasir.core.request import Sampling  # noqa: E402
 from kvasir.core.specs import Deployment, PoolSpec  # noqa: E402
 from kvasir.engine.fake import fake_tokens  # noqa: E402
@@ -399,6 +400,8 @@ def test_the_gateway_has_enough(golden: Golden, layout: Layout) -> None:
 OTHER = prompt_of(40, seed=7)
 LEFT = prompt_of(70, seed=8)
 Stage_ = Callable[[Cluster], Awaitable[Pieces]]
+SLOW = 40.0  # bytes per second: a block of one plane takes seconds, a prompt longer than a test may
+NO_BEATS = {"beat_s": 1000.0, "dead_after_s": 5000.0}  # beats would repair what was forgotten
 
 
 async def before_it_has_a_place(c: Cluster) -> Pieces:
@@ -439,8 +442,6 @@ async def prefilled_and_not_asked_for(c: Cluster) -> Pieces:
 
 
 async def on_its_way(c: Cluster) -> Pieces:
-    """The cap lets through a block of one plane in seconds: whole, it would take longer than the
-    test may."""
     _, pieces = c.submit(LEFT, 40, name="left")
 
     def leaving() -> bool:
@@ -472,13 +473,13 @@ STAGES = (
 @FIRST
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.__name__ for stage in STAGES])
 def test_a_client_leaves(folder: Path, layout: Layout, first: str, stage: Stage_) -> None:
-    """Whatever it held is free again; the others get theirs, and so does the next one."""
+    """Whatever it held is free again, without a beat; the others get theirs, so does the next."""
 
     async def main() -> None:
-        slow = 40.0 if stage is on_its_way else None
+        slow = SLOW if stage is on_its_way else None
         deployment = deployment_of(
             folder, engine="fake", first_token=first, chunk=7, kv_blocks=12, prefill_blocks=64,
-            steps_max=1, bytes_per_s_max=slow, **layout,
+            steps_max=1, bytes_per_s_max=slow, limits=NO_BEATS, **layout,
         )  # fmt: skip
         async with cluster(deployment) as c:
             pieces = await stage(c)
@@ -494,6 +495,73 @@ def test_a_client_leaves(folder: Path, layout: Layout, first: str, stage: Stage_
                 answer = await c.ask(LEFT, 40)
                 assert answer.tokens == fake_tokens(LEFT, 40)
                 await c.at_rest()
+
+    run(main())
+
+
+@SPLIT
+@pytest.mark.parametrize("deaf", ["prefill-0", "decode-0"])
+def test_each_side_of_a_transfer_lets_go_by_itself(
+    folder: Path, layout: Layout, deaf: str
+) -> None:
+    """The client leaves, and one worker does not hear of it for now: the other one is free."""
+    told = {"prefill-0": "decode-0", "decode-0": "prefill-0"}[deaf]
+
+    async def main() -> None:
+        deployment = deployment_of(folder, engine="fake", bytes_per_s_max=SLOW, **layout)
+        async with cluster(deployment) as c:
+            pieces = await on_its_way(c)
+            c.tap(CONDUCTOR, lambda src, dst, m: not (isinstance(m, Abort) and dst == deaf))
+            await pieces.aclose()
+            await c.until(lambda: not c.node(told).pool.held and not c.node(told).quarantine)
+            c.tap(CONDUCTOR, lambda src, dst, message: True)
+            await c.at_rest()
+
+    run(main())
+
+
+@pytest.mark.parametrize("stage", [in_its_prefill, in_its_decode])
+def test_blocks_in_a_step_are_held_until_it_ends(folder: Path, stage: Stage_) -> None:
+    async def main() -> None:
+        deployment = deployment_of(folder, engine="fake", chunk=7, steps_max=1, limits=NO_BEATS)
+        async with cluster(deployment) as c:
+            pieces = await stage(c)
+            worker = "prefill-0" if stage is in_its_prefill else "decode-0"
+            held = c.node(worker).pool.held
+            assert held > 0
+            await pieces.aclose()
+            await c.until(lambda: "left" not in c.works(worker))
+            assert c.node(worker).pool.held == held and c.node(worker).quarantine
+            c.gates[worker].open()
+            await c.at_rest()
+
+    run(main())
+
+
+@SPLIT
+@pytest.mark.parametrize("worker", ["prefill-0", "decode-0"])
+def test_blocks_in_a_transfer_are_held_until_it_is_over(
+    folder: Path, layout: Layout, worker: str
+) -> None:
+    """Over is what the transport says: here it takes its time to say it."""
+    unsaid: list[Any] = []
+
+    async def main() -> None:
+        deployment = deployment_of(
+            folder, engine="fake", bytes_per_s_max=SLOW, limits=NO_BEATS, **layout
+        )
+        async with cluster(deployment) as c:
+            pieces = await on_its_way(c)
+            live: Any = c.workers[worker]
+            name = "_over" if worker == "prefill-0" else "_received"
+            say = getattr(live, name)
+            setattr(live, name, unsaid.append)
+            held = c.node(worker).pool.held
+            await pieces.aclose()
+            await c.until(lambda: unsaid and "left" not in c.works(worker))
+            assert c.node(worker).pool.held == held == 5 and c.node(worker).quarantine
+            say(unsaid[0])
+            await c.at_rest()
 
     run(main())
 
@@ -691,14 +759,18 @@ def test_a_request_that_no_decode_worker_could_end(folder: Path) -> None:
 
 def test_a_request_goes_where_it_fits_at_its_longest(folder: Path) -> None:
     async def main() -> None:
-        small = PoolSpec(name="small", role="decode", count=1, hardware="cpu", kv_blocks=4)
-        deployment = deployment_of(folder, engine="fake", kv_blocks=64)
+        small = PoolSpec(name="a-small", role="decode", count=1, hardware="cpu", kv_blocks=4)
+        deployment = deployment_of(
+            folder, engine="fake", kv_blocks=64, route={"name": "round_robin"}
+        )
         deployment = deployment.model_copy(update={"pools": (small, *deployment.pools)})
         async with cluster(deployment) as c:
             for turn in range(8):
                 answer = await c.ask(prompt_of(20, turn), 80)
                 assert answer.tokens == fake_tokens(prompt_of(20, turn), 80)
                 assert answer.report.decode_worker == "decode-0"
+            short = [await c.ask(prompt_of(20, turn), 10) for turn in (8, 9)]
+            assert {a.report.decode_worker for a in short} == {"a-small-0", "decode-0"}
             await c.at_rest()
 
     run(main())
