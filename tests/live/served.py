@@ -180,10 +180,12 @@ class Server:
                     found[name[1]] = int(stat.parent.name)
         return found
 
-    def kill(self, worker: str) -> None:
-        """SIGKILL to the living process of that worker."""
-        (pid,) = (pid for name, pid in self.workers().items() if name.startswith(f"{worker}."))
-        os.kill(pid, signal.SIGKILL)
+    def kill(self, *workers: str) -> None:
+        """SIGKILL to the living processes of those workers, all in one go."""
+        alive = self.workers()
+        for worker in workers:
+            (pid,) = (pid for name, pid in alive.items() if name.startswith(f"{worker}."))
+            os.kill(pid, signal.SIGKILL)
 
     def interrupt(self) -> int:
         """Ctrl-C; the exit status."""
