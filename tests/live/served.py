@@ -49,7 +49,7 @@ def deployment(**changes: Any) -> Config:
     config: Config = {
         "name": "test",
         "models": [{"name": "tiny", "path": "tiny"}],
-        "topology": {"preset": "fabric", "gpus_per_node": 64, "telemetry_s": None},
+        "topology": {"preset": "fabric", "gpus_per_node": 64, "telemetry": None},
         "engine": "fake",
         "limits": {"beat_s": 0.1, "grace_s": 3.0, "dead_after_s": 10.0},
         "policy": {

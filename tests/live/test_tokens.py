@@ -459,7 +459,7 @@ async def in_its_decode(c: Cluster) -> Pieces:
     _, pieces = c.submit(LEFT, 100, name="left")
     gate.let(2)
     await c.until(lambda: gate.stopped and "left" in c.works("decode-0"))
-    await c.until(lambda: gate.stopped and c.works("decode-0")["left"].computed_here > 0)
+    await c.until(lambda: gate.stopped and c.node("decode-0").cohort.ticks > 0)
     return pieces
 
 

@@ -205,7 +205,7 @@ def runs_with(free: set[int], blocks_count: int) -> FreeRuns:
     runs = FreeRuns(blocks_count)
     runs.take(blocks_count, None)
     for block in free:
-        runs.give(block)
+        runs.give((block,))
     return runs
 
 

@@ -14,8 +14,9 @@ import pytest
 from kvasir.core.effects import Cut
 from kvasir.core.specs import Deployment
 from kvasir.core.specs.deployment import FittedCost, MeasuredCost
+from kvasir.core.specs.faults import FaultSpec
 from kvasir.traces.record import Arrival
-from kvasir.world.sim.faults import Faults, FaultSpec
+from kvasir.world.sim.faults import Faults
 from kvasir.world.sim.world import SimWorld
 from tests.sims import FITTED, arrivals, cluster
 
@@ -84,7 +85,7 @@ def test_a_jump_equals_stepping(cost: str, first_token: Any, seed: int) -> None:
     stepped = run(simulated(cost, 1, first_token=first_token), requests, seed)
     jumped = run(simulated(cost, 256, first_token=first_token), requests, seed)
     assert_equal(stepped, jumped)
-    assert jumped.events < stepped.events - 500, "it did jump"
+    assert jumped.events < stepped.events - 300, "it did jump"
     assert {o.error for o in stepped.recorder.outcomes} == {"", "cancelled"}
 
 
@@ -114,3 +115,21 @@ def test_a_cut_at_any_time_changes_nothing(cost: str, seed: int) -> None:
     cut = run(d, requests, seed, cuts=random.Random(seed))
     assert_equal(whole, cut)
     assert cut.events > whole.events + 300, "they did cut"
+
+
+def test_looking_changes_nothing() -> None:
+    """Invariants bring every count up to date after each event; without them counts lag behind, and
+    nobody can tell."""
+    d = cluster(
+        "prefill", "decode", "mixed", count=1, pool={"kv_blocks": 40},
+        route={"output_reserve_tokens": 0}, first_token="decode",
+    )  # fmt: skip
+    requests = arrivals(80, 7, rate=40.0, output=80)
+    faults = FaultSpec(loss=0.01, delay_s_max=0.01, deaths=2, down_s=0.5, cancel=0.1, until_s=3.0)
+    runs = []
+    for look in (None, SimWorld.check_touched):
+        world = SimWorld(d, requests, faults=Faults(faults, 7), after_event=look)
+        world.run()
+        runs.append((world.recorder.outcomes, world.recorder.counts, list(world.recorder.itl)))
+    assert runs[0] == runs[1]
+    assert runs[0][1]["Preempted"] > 3 and runs[0][1]["Retried"] > 0

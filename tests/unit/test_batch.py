@@ -18,6 +18,7 @@ class FakeWork:
     blocks_held: int = 0
     output_left: int = 10
     fresh: bool = False
+    keys: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class FakeView:
     batch_tokens_max: int = 100
     chunk_tokens: int = 100
     steps_max: int = 8
+    decoding: None = None
 
     def admission(self, index: int) -> Admission:
         work = self.waiting[index]

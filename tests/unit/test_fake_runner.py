@@ -263,14 +263,14 @@ def test_time_is_a_parameter() -> None:
     slept: list[float] = []
     asked: list[tuple[int, int]] = []
 
-    def seconds(rows: Sequence[Row], iteration: int) -> float:
-        asked.append((sum(row.count for row in rows), iteration))
+    def seconds(rows: Sequence[tuple[int, int]]) -> float:
+        asked.extend(rows)
         return 0.5
 
     drive = driver(seconds=seconds, sleep=slept.append)
     one = drive.open(job(n=4))
     drive.run([one])
-    assert asked == [(11, 0), (1, 0), (1, 1), (1, 2)]
+    assert asked == [(11, 0), (1, 11), (1, 12), (1, 13)]
     assert sum(slept) == pytest.approx(4 * 0.5)
 
 

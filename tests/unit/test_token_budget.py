@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvasir.policy.batch import Admission, Batch, token_budget
+from kvasir.policy.batch import Admission, Batch, token_budget, vllm_v1
 
 BLOCK = 4
 
@@ -46,6 +46,7 @@ class View:
     batch_tokens_max: int = 32
     chunk_tokens: int = 16
     steps_max: int = 64
+    decoding: None = None
 
     def admission(self, index: int) -> Admission:
         s = self.waiting[index]
@@ -99,6 +100,26 @@ BATCH: dict[str, tuple[dict[str, Any], Batch]] = {
 @pytest.mark.parametrize(("view", "expected"), BATCH.values(), ids=BATCH)
 def test_token_budget(view: dict[str, Any], expected: Batch) -> None:
     assert token_budget(View(**view)) == expected
+
+
+IDLE = S(8, 8, 2)  # holds blocks, has nothing to compute
+VLLM: dict[str, tuple[dict[str, Any], Batch]] = {
+    "a sequence that computes nothing holds its place": (
+        {"running": [IDLE, A], "waiting": [waiting(1)], "batch_max": 2},
+        Batch((0, 1), (), (), 64)),
+    "beside it there may be one": (
+        {"running": [IDLE, A], "waiting": [waiting(1)], "batch_max": 3},
+        Batch((0, 1), (1,), (), 1)),
+    "long prompts are cut at the threshold, short ones fill up": (
+        {"waiting": [waiting(50), waiting(9), waiting(9)]}, Batch((), (16, 9, 7), (), 1)),
+    "a prompt of which only the first chunk would fit stays out": (
+        {"waiting": [waiting(50)], "blocks_available": 12}, Batch((), (), (), 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("view", "expected"), (BATCH | VLLM).values(), ids=BATCH | VLLM)
+def test_vllm_v1(view: dict[str, Any], expected: Batch) -> None:
+    assert vllm_v1(View(**view)) == expected
 
 
 STEPS: dict[str, tuple[dict[str, Any], int]] = {

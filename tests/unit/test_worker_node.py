@@ -64,13 +64,17 @@ def prompt(tokens: int, request_id: str = "r", attempt: int = 1) -> Prompt:
     return Prompt(request_id, attempt, tokens)
 
 
-def over(step: Step, iterations: int = 1, ends: Sequence[str] = ()) -> StepDone:
-    """The step as a runner would end it; rows named in `ends` are over."""
-    rows = (
+def over(
+    step: Step, iterations: int = 1, ends: Sequence[str] = (), attempt: int = 1
+) -> StepDone:
+    """The step as a runner would end it; rows named in `ends` are over, carried ones too."""
+    rows = [
         RowDone(r.request_id, r.attempt, iterations if r.sample else 0,
                 "stop" if r.request_id in ends else "")
         for r in step.rows
-    )  # fmt: skip
+    ]  # fmt: skip
+    unnamed = [name for name in ends if name not in {r.request_id for r in step.rows}]
+    rows += [RowDone(name, attempt, iterations, "stop") for name in unnamed]
     return StepDone(step.id, iterations, tuple(rows), 0.01)
 
 
@@ -300,8 +304,8 @@ def test_a_later_attempt_continues_the_output() -> None:
     row = w(prompt(13, attempt=2)).one(Step).rows[0]
     assert (row.count, row.index, row.end_at) == (13, 3, 5)
     decode = w(over(w.heard.one(Step))).one(Step)
-    assert decode.steps == 1 and decode.rows[0].index == 4
-    assert w(over(decode, ends=["r"])).told(Done).one().output_tokens == 5
+    assert (decode.steps, decode.rows, decode.carried) == (1, (), 1)
+    assert w(over(decode, ends=["r"], attempt=2)).told(Done).one().output_tokens == 5
 
 
 @pytest.mark.parametrize(
@@ -600,7 +604,8 @@ def test_a_newcomer_ends_a_run_of_steps_once() -> None:
     assert begin(w, "b").one(Cut) == Cut(run.id)
     assert not begin(w, "c").of(Cut)
     joined = w(over(run, 2)).one(Step)
-    assert [(r.request_id, r.count) for r in joined.rows] == [("a", 1), ("b", 10), ("c", 10)]
+    assert [(r.request_id, r.count) for r in joined.rows] == [("b", 10), ("c", 10)]
+    assert joined.carried == 1, "a goes on without being named"
 
 
 def test_only_what_can_join_ends_a_run() -> None:
@@ -611,13 +616,14 @@ def test_only_what_can_join_ends_a_run() -> None:
 
 
 def test_room_ends_a_run_for_one_that_waits_for_it() -> None:
-    """8 blocks: "a" runs in 4 or 5, "r" receives into 3, and "b" waits for two, not for a place."""
-    w = worker(kv_blocks=8)
+    """14 blocks: "a" has 10 for its runs of steps, "r" receives into 3, and "b" waits for two, not
+    for a place."""
+    w = worker(kv_blocks=14)
     w(over(begin(w, "a", 8).one(Step)))
     w(dispatch(request(tokens=10), "decode"))
     begin(w, "b", 8)
     run = w(over(w.heard.of(Step)[-1])).one(Step)
-    assert [r.request_id for r in run.rows] == ["a"] and run.steps > 1
+    assert (run.rows, run.carried) == ((), 1) and run.steps > 1
     assert w.node.works["r"].stage is Stage.KV and w.node.works["b"].stage is Stage.QUEUE
     assert w(Received("r", 1, False, reason="checksum")).one(Cut) == Cut(run.id)
 
@@ -643,7 +649,7 @@ def test_the_youngest_gives_its_blocks_up_and_is_computed_again() -> None:
     w(prompt(7, "a"))
     w(prompt(7, "b"))
     step = w(over(w.heard.one(Step))).one(Step)  # b enters beside a
-    assert [r.request_id for r in step.rows] == ["a", "b"]
+    assert ([r.request_id for r in step.rows], step.carried) == (["b"], 1)
     effects = w(over(step))
     assert effects.noted(Preempted) == [Preempted("w", "b", 7)]
     assert effects.noted(Recomputed) == [Recomputed("b", 7, "preempted")]

@@ -35,7 +35,8 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     Computes KV of `count` tokens at positions [start, start + count). `blocks` are appended to the
     sequence's block table first (`fresh` starts a new table). With `sample`, the token after the
     last position is drawn: output token `index` of the request. `end_at`: the output index at which
-    the row is over by length.
+    the row is over by length. With `stays`, the row goes on in every later step without being
+    named, one token an iteration, until it ends, is released, or a step names or drops it.
     """
 
     request_id: RequestId
@@ -49,17 +50,22 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     end_at: int = 0
     gateway: NodeId = ""
     sampling: Sampling | None = None
+    stays: bool = False
 
 
 class Step(Effect, frozen=True):
     """Run the model once over all rows, or up to `steps` times when all rows decode.
 
-    Ends after the first iteration in which a row finished, `steps` is reached, or a `Cut` came.
+    `rows` are those that are new to the batch or get blocks; `carried` others go on unnamed (see
+    `Row.stays`). `dropped` (request, attempt) leave the batch before it starts. Ends after the
+    first iteration in which a row finished, `steps` is reached, or a `Cut` came.
     """
 
     id: StepId
     rows: tuple[Row, ...]
     steps: int = 1
+    carried: int = 0
+    dropped: tuple[tuple[RequestId, int], ...] = ()
 
 
 class Cut(Effect, frozen=True):

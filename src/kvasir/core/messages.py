@@ -383,7 +383,9 @@ class RowDone(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepDone(Message, frozen=True):
-    """`rows` in the order of the Step's rows; `first_s` is how long the first iteration took."""
+    """`rows`: the Step's rows in their order, then those carried rows that ended or have `keys`;
+    of the other carried rows each drew `steps_done` tokens. `first_s` is how long the first
+    iteration took."""
 
     step: StepId
     steps_done: int

@@ -62,7 +62,7 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepResult(NamedTuple):
-    """`steps_done` iterations ran; `rows` are in the order of the Step's rows."""
+    """`steps_done` iterations ran; `rows` as in `messages.StepDone`."""
 
     steps_done: int
     rows: tuple[RowDone, ...]
@@ -125,6 +125,9 @@ class Runner(Protocol):
         computes KV of positions [start, start + count) from the attempt's tokens; whatever its
         blocks hold before `start` is taken as valid KV. A row with `sample` draws the token after
         its last position, which must be the last one known, and appends it.
+
+        A row that `stays` is in every later step too, one token an iteration and without a name,
+        until it ends, is closed, or a step names or drops it; `carried` is how many go on so.
 
         `steps` > 1 needs rows with count 1 and `sample`, with blocks for all iterations; each
         iteration then moves start and index on by one. The step ends after the first iteration in

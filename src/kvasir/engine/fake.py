@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvasir.core.effects import Row
 from kvasir.core.specs import LayerSpec
 from kvasir.engine.base import RunnerSpec
 from kvasir.engine.steps import AttemptRunner, BlockTable, Work
@@ -41,10 +40,10 @@ C: Final = 0xC2B2AE3D27D4EB4F
 G: Final = 0xD6E8FEB86659FD93
 SALTS: Final = (0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89)
 
-Seconds = Callable[[Sequence[Row], int], float]
+Seconds = Callable[[Sequence[tuple[int, int]]], float]
 
 
-def no_time(rows: Sequence[Row], iteration: int) -> float:
+def no_time(rows: Sequence[tuple[int, int]]) -> float:
     """A cost model under which everything is free."""
     return 0.0
 
@@ -52,9 +51,9 @@ def no_time(rows: Sequence[Row], iteration: int) -> float:
 class FakeRunner(AttemptRunner):
     """A `Runner` (engine.base) whose tokens `fake_tokens` foretells.
 
-    Tokens are drawn from [0, vocab) without `eos_token_ids`, unless `draw_eos`. `seconds(rows,
-    iteration)` is how long an iteration takes; `sleep` waits that long, half of it before each
-    layer. Sampling values other than stop ids are ignored.
+    Tokens are drawn from [0, vocab) without `eos_token_ids`, unless `draw_eos`. `seconds`
+    of rows (new tokens, context before) is how long an iteration takes; `sleep` waits that long,
+    half of it before each layer. Sampling values other than stop ids are ignored.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class FakeRunner(AttemptRunner):
     def _compute(
         self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
     ) -> list[int]:
-        seconds = self._seconds([work.row for work in works], iteration) / LAYERS
+        seconds = self._seconds([(work.count, work.start) for work in works]) / LAYERS
         for layer in range(LAYERS):
             if seconds > 0:
                 self._sleep(seconds)

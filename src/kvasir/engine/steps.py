@@ -64,6 +64,21 @@ class Attempt:
         return tuple(self.keys[first:last])
 
 
+@dataclass(slots=True)
+class Lane:
+    """One row of the batch: positions [start, start + count) and output token `index` come next."""
+
+    row: Row
+    attempt: Attempt
+    start: int
+    count: int
+    index: int
+
+    def move(self) -> None:
+        """On to the token that was just drawn."""
+        self.start, self.count, self.index = self.start + self.count, 1, self.index + 1
+
+
 class Work(msgspec.Struct, frozen=True):
     """One row in one iteration: positions [start, start + count), output token `index` if any."""
 
@@ -88,6 +103,7 @@ class AttemptRunner(ABC):
     def __init__(self, spec: RunnerSpec) -> None:
         self.spec = spec
         self._attempts: dict[tuple[RequestId, int], Attempt] = {}
+        self._carried: dict[tuple[RequestId, int], Lane] = {}
 
     @abstractmethod
     def _compute(
@@ -123,42 +139,57 @@ class AttemptRunner(ABC):
 
     def close(self, request_id: RequestId, attempt: int) -> None:
         self._attempts.pop((request_id, attempt), None)
+        self._carried.pop((request_id, attempt), None)
 
     def step(self, step: Step, hooks: StepHooks) -> StepResult:
-        attempts = self._join(step)
+        lanes = self._join(step)
         done = 0
-        ends: list[End] = []
         while True:
-            works = [
-                Work(row, attempt, row.start + done, row.count, row.index + done)
-                for row, attempt in zip(step.rows, attempts, strict=True)
-            ]
+            works = [Work(x.row, x.attempt, x.start, x.count, x.index) for x in lanes]
             self._check(works)
             layer_done = hooks.layer_done if done == 0 else _ignore
             ends = self._record(works, self._compute(works, done, layer_done), hooks)
             done += 1
+            for lane in lanes:
+                lane.move()
             if done == step.steps or any(ends) or hooks.cut():
                 break
-        return StepResult(done, tuple(map(self._row_done, works, ends)))
+        self._carry(lanes, ends)
+        rows = [self._row_done(work, end, done) for work, end in zip(works, ends, strict=True)]
+        named = len(step.rows)
+        return StepResult(done, (*rows[:named], *(r for r in rows[named:] if r.end or r.keys)))
 
-    def _join(self, step: Step) -> list[Attempt]:
-        """The rows' attempts, with the rows' blocks in their tables."""
+    def _join(self, step: Step) -> list[Lane]:
+        """The step's rows, with their blocks in their tables, and those that go on unnamed."""
         rows = step.rows
-        assert rows and step.steps >= 1, f"step {step.id} asks for nothing"
-        assert len({(r.request_id, r.attempt) for r in rows}) == len(rows), "an attempt in two rows"
+        assert (rows or step.carried) and step.steps >= 1, f"step {step.id} asks for nothing"
+        keys = [(row.request_id, row.attempt) for row in rows]
+        assert len(set(keys)) == len(rows), "an attempt in two rows"
+        for key in (*step.dropped, *keys):
+            self._carried.pop(key, None)
+        others = list(self._carried.values())
+        assert len(others) == step.carried, f"step {step.id} carries {step.carried} rows"
         single = all(row.count == 1 and row.sample for row in rows)
         assert step.steps == 1 or single, f"step {step.id}: only decode rows may take several steps"
-        attempts = []
-        for row in rows:
-            attempt = self._attempts.get((row.request_id, row.attempt))
+        lanes = []
+        for row, key in zip(rows, keys, strict=True):
+            attempt = self._attempts.get(key)
             assert attempt and attempt.opened, f"{row.request_id}/{row.attempt} is not open"
             self._known_blocks(row.blocks)
             if row.fresh:
                 attempt.table.replace(row.blocks)
             else:
                 attempt.table.extend(row.blocks)
-            attempts.append(attempt)
-        return attempts
+            lanes.append(Lane(row, attempt, row.start, row.count, row.index))
+        return lanes + others
+
+    def _carry(self, lanes: Sequence[Lane], ends: Sequence[End]) -> None:
+        for lane, end in zip(lanes, ends, strict=True):
+            key = (lane.row.request_id, lane.row.attempt)
+            if lane.row.stays and not end:
+                self._carried[key] = lane
+            else:
+                self._carried.pop(key, None)
 
     def _check(self, works: Sequence[Work]) -> None:
         for work in works:
@@ -189,9 +220,8 @@ class AttemptRunner(ABC):
         hooks.sampled(batch)
         return ends
 
-    def _row_done(self, last: Work, end: End) -> RowDone:
+    def _row_done(self, last: Work, end: End, iterations: int) -> RowDone:
         row = last.row
-        iterations = last.start - row.start + 1
         return RowDone(
             request_id=row.request_id,
             attempt=row.attempt,

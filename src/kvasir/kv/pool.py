@@ -122,15 +122,18 @@ class BlockPool:
 
     def free(self, blocks: Sequence[BlockId]) -> None:
         """Drop one reference on each block, last block first."""
-        refs = self._refs
+        refs, keys, cached = self._refs, self._key, self._cached
+        loose: list[BlockId] = []
         for block in reversed(blocks):
-            assert refs[block] > 0, block
-            refs[block] -= 1
-            if refs[block] == 0:
-                if self._key[block] is None:
-                    self._runs.give(block)
+            count = refs[block] - 1
+            assert count >= 0, block
+            refs[block] = count
+            if not count:
+                if keys[block] is None:
+                    loose.append(block)
                 else:
-                    self._cached[block] = None
+                    cached[block] = None
+        self._runs.give(loose)
 
     def clear(self) -> None:
         """Forget every cached block that nobody holds."""
@@ -162,7 +165,7 @@ class BlockPool:
         del self._by_key[key]
         self._key[block] = None
         self.removed.append(key)
-        self._runs.give(block)
+        self._runs.give((block,))
 
     def check(self) -> None:
         """Every block in exactly one state; keys and refcounts agree."""
@@ -200,18 +203,27 @@ class FreeRuns:
             taken += self._cut(self._choose(count - len(taken)), count - len(taken))
         return taken
 
-    def give(self, block: int) -> None:
-        """Put one block back, joining its neighbours' runs."""
-        self.count += 1
-        start, end = block, block + 1
-        if block in self._start_of_end:
-            start = self._start_of_end.pop(block)
+    def give(self, blocks: Sequence[int]) -> None:
+        """Put blocks back, neighbours that follow one another downwards as one run."""
+        self.count += len(blocks)
+        at, count = 0, len(blocks)
+        while at < count:
+            start = end = blocks[at]
+            at += 1
+            while at < count and blocks[at] == start - 1:
+                start -= 1
+                at += 1
+            self._join(start, end + 1)
+
+    def _join(self, start: int, end: int) -> None:
+        """A run that became free, joined with its neighbours."""
+        if start in self._start_of_end:
+            start = self._start_of_end.pop(start)
         else:
             insort(self._starts, start)
         if end in self._end:
             self._starts.pop(bisect_left(self._starts, end))
-            new_end = self._end.pop(end)
-            end = new_end
+            end = self._end.pop(end)
         self._end[start] = end
         self._start_of_end[end] = start
 

@@ -9,7 +9,7 @@ it, and the gateway submits the next one with what it has emitted so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from kvasir.core.effects import AnyEffect, Note, Tell, Timer
@@ -237,12 +237,13 @@ class Conductor:
     def _place(self, p: Placement) -> bool:
         """Decide where an attempt runs and dispatch it. False: no room now."""
         p.hits = self.index.match(p.request.keys)
-        decoders = self._roomy(p, "decode")
+        able = self.able(p, "decode")
+        decoders = self._with_room(p, able)
         stay = stays(self._window(p, "decode", decoders)) if decoders else None
         if stay is not None:
             return self._run_whole(p, self.members[stay.worker], stay.why)
         prefillers = self.able(p, "prefill")
-        if not prefillers or not self.able(p, "decode"):
+        if not prefillers or not able:
             return self._place_without_a_role(p)
         window = self._window(p, "prefill", prefillers, decoders=decoders)
         choice, memory = self.route(window, self._memory)
@@ -252,7 +253,8 @@ class Conductor:
             return self._dispatch_pair(p, prefiller, choice, choice.why)
         if choice.decode or prefiller.mixed:  # what a mixed worker prefills it keeps
             self._memory = memory
-            return self._fits(p, prefiller) and self._run_whole(p, prefiller, choice.why)
+            fits = bool(self._with_room(p, (prefiller,)))
+            return fits and self._run_whole(p, prefiller, choice.why)
         if self.spec.decode_choice == "prefill_end":
             self._memory = memory
             self._dispatch_prefill(p, prefiller, "", choice.why)
@@ -267,8 +269,8 @@ class Conductor:
 
     def _place_without_a_role(self, p: Placement) -> bool:
         """All prefill or all decode workers are gone: any worker of the model runs both phases."""
-        anyone = [m for m in self.members.values() if self._could_hold(p, m, whole=True)]
-        anyone = [m for m in anyone if not m.draining and self._fits(p, m)]
+        anyone = self._could_hold(p, p.request.total_tokens_max, lambda m: not m.draining)
+        anyone = self._with_room(p, anyone)
         if not anyone:
             return False
         choice, self._memory = self.route(self._window(p, "prefill", anyone), self._memory)
@@ -276,7 +278,7 @@ class Conductor:
 
     def _choose_decode(self, p: Placement) -> bool:
         """The decode worker of a prefilled attempt (`decode_choice: prefill_end`)."""
-        decoders = self._roomy(p, "decode")
+        decoders = self._with_room(p, self.able(p, "decode"))
         source = self.members.get(p.prefill)
         if not decoders or source is None:
             return False
@@ -298,33 +300,44 @@ class Conductor:
 
     def able(self, p: Placement, role: str) -> list[Member]:
         """Workers of a role that could hold the request's part there, if they were empty."""
-        prompt_only = role == "prefill"
+        part = p.input_tokens + 1 if role == "prefill" else p.request.total_tokens_max
+        return self._could_hold(p, part, lambda m: m.may(role))
+
+    def _could_hold(
+        self, p: Placement, tokens: int, wanted: Callable[[Member], bool]
+    ) -> list[Member]:
+        """Those wanted that serve the model and could hold `tokens` of the request when empty; all
+        of it where both phases run."""
+        model, size = p.request.model, self.deployment.block_size
+        whole, part = -(-p.request.total_tokens_max // size), -(-tokens // size)
         return [
             m
             for m in self.members.values()
-            if m.may(role) and self._could_hold(p, m, whole=m.mixed or not prompt_only)
+            if m.hello.model == model
+            and (whole if m.mixed else part) <= m.blocks_total
+            and wanted(m)
         ]
 
-    def _could_hold(self, p: Placement, m: Member, *, whole: bool) -> bool:
-        """Whether `m` serves the model and could hold the request, or its prompt, when empty."""
-        tokens = p.request.total_tokens_max if whole else p.input_tokens + 1
-        blocks = -(-tokens // self.deployment.block_size)
-        return m.hello.model == p.request.model and blocks <= m.blocks_total
-
-    def _roomy(self, p: Placement, role: str) -> list[Member]:
-        return [m for m in self.able(p, role) if self._fits(p, m)]
-
-    def _fits(self, p: Placement, m: Member) -> bool:
+    def _with_room(self, p: Placement, members: Iterable[Member]) -> list[Member]:
         """NetKV's feasibility: free KV, less what is reserved, holds the request and a reserve. A
         pool that is smaller than the request at its longest never does."""
-        if -(-p.request.total_tokens_max // self.deployment.block_size) > m.blocks_total:
-            return False
-        return not m.holds or m.blocks_reserved + self._blocks(p, m) <= m.blocks_total
+        most = -(-p.request.total_tokens_max // self.deployment.block_size)
+        blocks, hits = self._blocks(p), p.hits
+        return [
+            m
+            for m in members
+            if most <= m.blocks_total
+            and (
+                not m.holds
+                or m.blocks_reserved + blocks - hits.get(m.id, 0) <= m.blocks_total
+            )
+        ]
 
-    def _blocks(self, p: Placement, m: Member) -> int:
+    def _blocks(self, p: Placement) -> int:
+        """What a request is expected to need where nothing of it is cached."""
         left = p.request.max_tokens - p.emitted
         reserve = min(left, self.spec.output_reserve_tokens)
-        return -(-(p.input_tokens + reserve) // self.deployment.block_size) - p.hits.get(m.id, 0)
+        return -(-(p.input_tokens + reserve) // self.deployment.block_size)
 
     # --- dispatching ------------------------------------------------------------------------------
 
@@ -332,7 +345,7 @@ class Conductor:
         p.path, p.decode = "aggregated", m.id
         p.prefill, p.shipped = m.id, True
         self._placed(p)
-        self._hold(p, m, self._blocks(p, m), prefills=True, decodes=True)
+        self._hold(p, m, self._blocks(p) - p.hits.get(m.id, 0), prefills=True, decodes=True)
         self._dispatch(p, m, "both")
         self._tell_placed(p, why)
         return True
@@ -355,7 +368,7 @@ class Conductor:
     def _dispatch_decode(self, p: Placement, m: Member) -> None:
         if p.state is State.CHOOSING:
             p.state = State.DECODE
-        self._hold(p, m, self._blocks(p, m), decodes=True)
+        self._hold(p, m, self._blocks(p) - p.hits.get(m.id, 0), decodes=True)
         nbytes = self._window(p, "decode", [m]).transfer_bytes(m.id)
         self.oracle.begin(p.transfer_id, p.prefill, m.id, nbytes, self._now)
         self._dispatch(p, m, "decode")

@@ -28,12 +28,17 @@ class Member:
     """One worker that said Hello and has been heard since."""
 
     __slots__ = (
-        "blocks_reserved", "context_tokens", "cost", "decoding", "draining", "heard_at", "hello",
-        "holds", "load", "mixed", "prefill_s", "prefill_tokens", "prefilling", "resync_asked",
+        "batch_max", "blocks_reserved", "blocks_total", "context_tokens", "cost", "decoding",
+        "draining", "heard_at", "hello", "holds", "id", "incarnation", "load", "mixed",
+        "prefill_s", "prefill_tokens", "prefilling", "resync_asked",
     )  # fmt: skip
 
     def __init__(self, hello: Hello, cost: StepModel, now: float) -> None:
         self.hello = hello
+        self.id: WorkerId = hello.worker
+        self.incarnation: Incarnation = hello.incarnation
+        self.batch_max = hello.capacity.batch_max
+        self.blocks_total = hello.capacity.kv_blocks
         self.mixed = "mixed" in hello.roles
         self.cost = cost
         self.heard_at = now
@@ -49,24 +54,8 @@ class Member:
         self.blocks_reserved = 0
 
     @property
-    def id(self) -> WorkerId:
-        return self.hello.worker
-
-    @property
-    def incarnation(self) -> Incarnation:
-        return self.hello.incarnation
-
-    @property
     def requests(self) -> int:
         return len(self.holds)
-
-    @property
-    def batch_max(self) -> int:
-        return self.hello.capacity.batch_max
-
-    @property
-    def blocks_total(self) -> int:
-        return self.hello.capacity.kv_blocks
 
     @property
     def iteration_s(self) -> float | None:

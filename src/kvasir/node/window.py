@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvasir.node.cohort import Cohort
 from kvasir.node.work import Work
 from kvasir.policy.batch import Admission
 
@@ -22,7 +23,13 @@ class Window:
 
     @property
     def running(self) -> Sequence[Work]:
+        self._worker.cohort.settle_all()
         return self._worker.running
+
+    @property
+    def decoding(self) -> Cohort | None:
+        cohort, running = self._worker.cohort, self._worker.running
+        return cohort if running and len(cohort) == len(running) else None
 
     @property
     def waiting(self) -> Sequence[Work]:

@@ -34,12 +34,13 @@ class Work:
     """
 
     __slots__ = (
-        "blocks", "cached", "committed", "computed", "computed_here", "dead", "dispatch",
-        "dispatched_at", "first_block", "first_step_s", "fresh", "has_prompt", "id",
+        "blocks", "cached", "committed", "computed", "computed_here", "covered_to", "dead",
+        "dispatch", "dispatched_at", "ends_at", "first_block", "first_step_s", "fresh",
+        "has_prompt", "id",
         "in_step", "inbound", "keys", "known", "lease_until", "out", "outbound", "preemptions",
         "prefill", "prefilled_at", "queue_s", "ready_at", "received", "recomputed", "released",
         "sent", "seq",
-        "stage", "started_at", "table_fresh", "tabled", "target", "transfer", "want",
+        "stage", "started_at", "table_fresh", "tabled", "target", "tick", "transfer", "want",
     )  # fmt: skip
 
     def __init__(self, dispatch: Dispatch, now: float, seq: int) -> None:
@@ -60,7 +61,9 @@ class Work:
         self.dead = False
         self.released = False  # the world was told to forget it
         self.received = False  # decode: its KV is here
-        self.in_step: StepId | None = None
+        self.in_step: StepId | None = None  # a cohort's members are in the step that runs
+        self.tick = -1  # of its cohort, when its counts were last brought up to date; -1: in none
+        self.ends_at = self.covered_to = -1  # ticks at which its output and its blocks end
         self.inbound = False
         self.outbound = False
         self.tabled = 0  # leading blocks that the runner's table has

@@ -58,6 +58,7 @@ from kvasir.core.messages import (
 )  # fmt: skip
 from kvasir.kv.pool import BlockPool
 from kvasir.node.blocks import Blocks
+from kvasir.node.cohort import Cohort
 from kvasir.node.config import WorkerConfig
 from kvasir.node.window import Window
 from kvasir.node.work import Stage, Work
@@ -78,14 +79,19 @@ class Worker:
         self.works: dict[RequestId, Work] = {}
         self.quarantine: dict[tuple[RequestId, int], Work] = {}
         self.running: list[Work] = []
+        self.cohort = Cohort(config.capacity.block_size)
         self.waiting: list[Work] = []
         self.room: list[Work] = []
         self.step: Step | None = None
         self.epoch = 0
         self.draining = False
         self.iteration_s: float | None = None
+        self.pool: BlockPool = self.blocks.pool
         self._decide = batch.BATCHES[config.batch]
-        self._step_works: list[Work] = []
+        self._step_works: list[Work] = []  # of the step's rows
+        self._joining: list[Work] = []  # began to decode while a step ran
+        self._dying: list[Work] = []  # left the cohort while a step ran
+        self._dropped: list[tuple[RequestId, int]] = []  # the runner carries them; they sit out
         self._step_started = 0.0
         self._step_next: StepId = 1
         self._cut_asked = False
@@ -102,10 +108,6 @@ class Worker:
             SendOver: self._on_send_over,
         }  # fmt: skip
 
-    @property
-    def pool(self) -> BlockPool:
-        return self.blocks.pool
-
     def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
         self._now, self._out = now, []
         self._handlers[type(event)](event)
@@ -113,9 +115,10 @@ class Worker:
             self._fill_room()
         if self.step is None:
             self._schedule()
-        news = self.blocks.news()
-        if news is not None:
-            self._tell(self.config.conductor, news)
+        if self.pool.added or self.pool.removed:
+            news = self.blocks.news()
+            if news is not None:
+                self._tell(self.config.conductor, news)
         return self._out
 
     # --- conductor --------------------------------------------------------------------------------
@@ -157,6 +160,7 @@ class Worker:
 
     def load(self) -> Load:
         """The beat: what this worker knows of itself."""
+        self.cohort.settle_all()
         return Load(
             worker=self.config.worker,
             incarnation=self.config.incarnation,
@@ -322,6 +326,10 @@ class Worker:
     def _join(self, work: Work) -> None:
         work.stage = Stage.RUN
         self.running.append(work)
+        if self.step is None:
+            self.cohort.add(work, named=False)
+        else:
+            self._joining.append(work)
         self._cut()
 
     def _on_gone(self, event: KvGone) -> None:
@@ -398,36 +406,66 @@ class Worker:
         """Ask the policy for a batch and start it. Each pass that starts nothing preempts one."""
         while self.running or self.waiting:
             plan = self._decide(Window(self))
-            chosen = [(w, c) for w, c in zip(self.running, plan.counts, strict=True) if c]
+            counts = plan.counts
+            chosen = list(zip(self.running, counts, strict=True)) if counts is not None else []
             order = plan.order or range(len(plan.admitted))
             entering = [self.waiting[i] for i in order]
             victims = [self.running[i] for i in plan.preempted]
             for work in victims:
                 self._preempt(work)
-            if chosen or entering:
-                self._start_step(plan, chosen, entering)
+            self._start_step(plan, chosen, entering)
             if self.step is not None or not victims or any(work.dead for work in victims):
                 return  # a dead one's blocks come free when its transfer is over, soon
 
     def _start_step(
         self, plan: batch.Batch, chosen: list[tuple[Work, int]], entering: list[Work]
     ) -> None:
-        step_id, rows, works = self._step_next, list[Row](), list[Work]()
+        step_id, parts = self._step_next, list[tuple[Work, int]]()
         for work, count in chosen:
-            if self.blocks.grow(work, work.computed + count + plan.steps - 1):
-                works.append(work)
-                rows.append(self._row(work, count, step_id))
+            if work.tick >= 0:
+                if not count:
+                    self._sit_out(work)
+            elif count and self.blocks.grow(work, work.computed + count + plan.steps - 1):
+                parts.append((work, count))
+        low, reserve = (plan.low, plan.reserve) if plan.counts is None else (plan.steps, plan.steps)
+        grown = self._reserve(max(low, 1), max(reserve, 1)) if self.cohort else []
+        parts += [(work, 1) for work in self.cohort.to_name(grown)]
         for work in entering:
             self.waiting.remove(work)
         for work, count in zip(entering, plan.admitted, strict=True):
             self._enter(work)
-            works.append(work)
-            rows.append(self._row(work, min(count, work.known - work.computed), step_id))
-        if rows:
-            self._step_next += 1
-            self.step = Step(step_id, tuple(rows), plan.steps)
-            self._step_works, self._step_started, self._cut_asked = works, self._now, False
-            self._out.append(self.step)
+            parts.append((work, min(count, work.known - work.computed)))
+        carried = len(self.cohort) - sum(work.tick >= 0 for work, _ in parts)
+        if not parts and not carried:
+            return
+        steps = plan.steps
+        if steps > 1 and self.cohort:
+            steps = min(steps, self.cohort.covered)
+        rows = tuple(self._row(work, count, step_id) for work, count in parts)
+        self._step_next += 1
+        self.step = Step(step_id, rows, steps, carried, tuple(self._dropped))
+        self._dropped.clear()
+        self._step_works = [work for work, _ in parts]
+        self._step_started, self._cut_asked = self._now, False
+        self._out.append(self.step)
+
+    def _reserve(self, low: int, reserve: int) -> list[Work]:
+        """Blocks for members of the cohort that run short of them; those that got some."""
+        if self.cohort.covered >= low:
+            return []
+        grown = []
+        for work in self.cohort.short(low):
+            if self.blocks.grow(work, work.computed + min(reserve, work.output_left)):
+                self.cohort.cover(work)
+                grown.append(work)
+            else:
+                self._sit_out(work)
+        return grown
+
+    def _sit_out(self, work: Work) -> None:
+        """A member of the cohort leaves it, and the runner's batch."""
+        if self.cohort.leave(work):
+            self._dropped.append((work.id, work.attempt))
 
     def _enter(self, work: Work) -> None:
         """From the queue into the running set, with blocks for all known tokens."""
@@ -449,12 +487,14 @@ class Worker:
         if work.started_at is None:
             work.started_at = self._now
             work.queue_s = self._now - work.ready_at
-        work.in_step = step_id
+        if work.tick < 0:
+            work.in_step = step_id
         sample = end == work.known and work.samples
         row = Row(
             work.id, work.attempt, work.computed, count, tuple(work.blocks[work.tabled :]),
             work.table_fresh, sample, work.out if sample else -1, d.request.max_tokens,
             d.request.gateway, d.request.sampling if sample else None,
+            sample and d.phase != "prefill",
         )  # fmt: skip
         work.tabled, work.table_fresh = len(work.blocks), False
         return row
@@ -464,6 +504,8 @@ class Worker:
         if work.outbound:
             self._give_up(work, "preempted while its KV was shipped")
             return
+        if work.tick >= 0:
+            self._sit_out(work)
         self._note(Preempted(self.config.worker, work.id, work.computed))
         self._note(Recomputed(work.id, work.computed, "preempted"))
         work.preemptions += 1
@@ -479,12 +521,31 @@ class Worker:
             return
         self.step, self._step_works = None, []
         self._measure(step, event.steps_done)
-        for row, done, work in zip(step.rows, event.rows, works, strict=True):
+        self.cohort.advance(event.steps_done)
+        for row, done, work in zip(step.rows, event.rows, works, strict=False):
             work.in_step = None
             if work.dead:
                 self._bury(work)
+            elif work.tick >= 0:
+                self._drew(work, done, event)
             else:
                 self._advance(work, row, done, event)
+        for done in event.rows[len(step.rows) :]:
+            member = self.cohort.members.get(done.request_id)
+            if member is not None and member.attempt == done.attempt:
+                self._drew(member, done, event)
+        self._after_step()
+
+    def _after_step(self) -> None:
+        """Who left or came while it ran."""
+        for work in self._dying:
+            if work.in_step is not None:
+                work.in_step = None
+                self._bury(work)
+        for work in self._joining:
+            if not work.dead:
+                self.cohort.add(work, named=False)
+        self._dying, self._joining = [], []
 
     def _measure(self, step: Step, steps_done: int) -> None:
         if all(row.count == 1 for row in step.rows) and steps_done:
@@ -503,13 +564,29 @@ class Worker:
         work.keys.extend(done.keys)
         if work.committed < len(work.keys):
             self.blocks.commit(work)
-        if work.fresh and work.phase == "decode" and not work.preemptions:
-            work.first_step_s = event.first_s
-        work.fresh = False
+        self._was_first(work, event)
         if work.prefill is None and work.computed >= work.dispatch.input_tokens:
             self._prefilled(work, ended=bool(done.end))
         if done.end:
             self._finish(work, done.end)
+        elif row.stays:
+            self.cohort.add(work, named=True)
+
+    def _drew(self, work: Work, done: RowDone, event: StepDone) -> None:
+        """What a member of the cohort has to tell beyond its tokens, which are counted."""
+        self._was_first(work, event)
+        work.keys.extend(done.keys)
+        if work.committed < len(work.keys):
+            self.cohort.settle(work)
+            self.blocks.commit(work)
+        if done.end:
+            self.cohort.settle(work)
+            self._finish(work, done.end)
+
+    def _was_first(self, work: Work, event: StepDone) -> None:
+        if work.fresh and work.phase == "decode" and not work.preemptions:
+            work.first_step_s = event.first_s
+        work.fresh = False
 
     def _prefilled(self, work: Work, *, ended: bool) -> None:
         started = work.started_at if work.started_at is not None else self._now
@@ -574,6 +651,9 @@ class Worker:
         """The attempt is over here. Its blocks are free now, or when nothing touches them."""
         assert not work.dead
         work.dead = True
+        if work.tick >= 0 and self.cohort.leave(work) and self.step is not None:
+            work.in_step = self.step.id
+            self._dying.append(work)
         if self.works.get(work.id) is work:
             del self.works[work.id]
         for queue in (self.running, self.waiting, self.room):
@@ -634,6 +714,8 @@ class Worker:
     def check(self) -> None:
         """Block counts, stages and queues agree."""
         self.pool.check()
+        self.cohort.check()
+        assert all(work in self.running for work in self.cohort)
         owners = [*self.works.values(), *self.quarantine.values()]
         refs: dict[int, int] = {}
         for work in owners:

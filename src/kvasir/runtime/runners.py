@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from kvasir.core.effects import Row
 from kvasir.core.errors import ModelError
 from kvasir.core.specs import Deployment, PoolSpec
 from kvasir.cost.catalog import shape_of
 from kvasir.cost.pools import capacity_of, step_model
 from kvasir.engine.base import Runner
+from kvasir.measure.calibration import load_tables
 
 
 def make_runner(deployment: Deployment, pool: PoolSpec) -> Runner:
@@ -35,15 +34,12 @@ def _fake(deployment: Deployment, pool: PoolSpec) -> Runner:
     from kvasir.engine.fake import FakeRunner
 
     spec = deployment.model_of(pool)
-    model = step_model(deployment, pool)
+    model = step_model(deployment, pool, load_tables)
     capacity = capacity_of(deployment, pool)
-
-    def seconds(rows: Sequence[Row], iteration: int) -> float:
-        return model.batch([(row.count, row.start) for row in rows])
 
     return FakeRunner(
         blocks_count=capacity.kv_blocks, block_size=deployment.block_size,
-        context_max=capacity.context_max, seconds=seconds, vocab=shape_of(spec).vocab,
+        context_max=capacity.context_max, seconds=model.batch, vocab=shape_of(spec).vocab,
         eos_token_ids=_eos_ids(spec.path),
     )  # fmt: skip
 

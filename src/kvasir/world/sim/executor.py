@@ -1,24 +1,43 @@
-"""Steps in virtual time: the cost model says how long, the trace says how many tokens come.
+"""Compute in virtual time: a worker's step takes what the cost model says.
 
-A run of decode steps is one event: its length is a closed form, and a `Cut` shortens it to the end
-of the iteration that is running then. Knows nothing of policy. The true output lengths are here and
-nowhere else: no node can see them.
+A run of decode steps is one event: it ends when a row ends, or at its limit, or, cut, at the end
+of the iteration that is running then. Carried rows (`effects.Row.stays`) cost nothing here while
+they only decode: they are a number, a sum of contexts and a heap of ends. Knows nothing of policy.
+The true output lengths are here and nowhere else: no node can see them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from heapq import heappop, heappush
+from typing import Literal, NamedTuple
 
-from kvasir.core.effects import Step
+from kvasir.core.effects import Row, Step
 from kvasir.core.ids import RequestId, StepId
-from kvasir.core.messages import RowDone
+from kvasir.core.messages import Drawn, RowDone
 from kvasir.cost.step import StepModel
+
+Key = tuple[RequestId, int]
+End = Literal["", "stop", "length"]
+
+
+class Joined(NamedTuple):
+    """A row that drew `sampled` tokens from output `first` on, and was not in the step before."""
+
+    request_id: RequestId
+    first: int
+    sampled: int
 
 
 class Outcome(NamedTuple):
     """What a step came to: `steps` iterations from `started` to `ended`, the first of them
-    `first_s` long and the last `last_s`."""
+    `first_s` long and the last `last_s`.
+
+    `rows` as in `StepDone`; `drawn` is what clients see of it now: a carried row's tokens are told
+    with its second, at its end, and when somebody asks. `joined` and `together` are the rows that
+    drew, one by one and the number of those that drew in the step before, `idle_s` earlier.
+    `everyone` has the latter's names when asked for.
+    """
 
     started: float
     ended: float
@@ -26,53 +45,170 @@ class Outcome(NamedTuple):
     first_s: float
     last_s: float
     rows: tuple[RowDone, ...]
+    drawn: tuple[Drawn, ...]
+    joined: tuple[Joined, ...]
+    together: int
+    idle_s: float
+    everyone: tuple[RequestId, ...]
+
+
+class Lane:
+    """One row of the batch. Output tokens from `row.index` on are drawn, one a tick from `tick`;
+    those before `told` are known outside. `ends_at`: the tick at which its last one is drawn;
+    -1 when it has left."""
+
+    __slots__ = ("ends_at", "row", "second", "tick", "told")
+
+    def __init__(self, row: Row, tick: int, ends_at: int) -> None:
+        self.row, self.tick, self.ends_at = row, tick, ends_at
+        self.told = row.index
+        self.second = row.index + 2  # once told up to here, it is quiet until its end
 
 
 class Executor:
-    """One worker's compute. At most one step runs."""
+    """One worker's compute. At most one step runs. `names`: outcomes say who decoded."""
 
-    def __init__(self, model: StepModel, outputs: Callable[[RequestId], int]) -> None:
+    def __init__(
+        self, model: StepModel, outputs: Callable[[RequestId], int], *, names: bool = False
+    ) -> None:
         self._model = model
         self._outputs = outputs
+        self._names = names
         self.step: Step | None = None
         self.version = 0
         self.ends_at = 0.0
         self.first_s = 0.0  # of the running step's first iteration
         self.started = 0.0
+        self.ended = 0.0  # of the last step
         self._steps = 0
-        self._context = 0
+        self._lanes: dict[Key, Lane] = {}
+        self._ticks = 0
+        self._starts = 0  # sum over lanes of row.start - tick
+        self._ends: list[tuple[int, int, Lane]] = []
+        self._serial = 0
+        self._young: list[Lane] = []  # whose second token was not told
+        self._joining: list[Lane] = []  # not in the step before this one
+        self._others: list[Row] = []  # rows of this step that are no lanes
+        self._batch = self._context = 0  # of a step of decode rows only
 
-    def begin(self, now: float, step: Step) -> float:
-        """Start; returns when it will end, unless it is cut."""
+    # --- the batch --------------------------------------------------------------------------------
+
+    def _add(self, row: Row) -> None:
+        """A row that decodes until its end."""
+        key = (row.request_id, row.attempt)
+        lane = self._lanes.get(key)
+        if lane is not None:  # named again, for its blocks
+            self._starts += row.start - self._ticks - (lane.row.start - lane.tick)
+            lane.row, lane.tick = row, self._ticks
+            return
+        left = max(1, min(self._outputs(row.request_id), row.end_at) - row.index)
+        lane = self._lanes[key] = Lane(row, self._ticks, self._ticks + left)
+        self._starts += row.start - self._ticks
+        self._serial += 1
+        heappush(self._ends, (lane.ends_at, self._serial, lane))
+        self._young.append(lane)
+        self._joining.append(lane)
+
+    def _drop(self, key: Key) -> Lane | None:
+        lane = self._lanes.pop(key, None)
+        if lane is not None:
+            self._starts -= lane.row.start - lane.tick
+            lane.ends_at = -1
+        return lane
+
+    def _index(self, lane: Lane) -> int:
+        """The output token that it draws next."""
+        return lane.row.index + self._ticks - lane.tick
+
+    def _untold(self, lane: Lane) -> tuple[Drawn, ...]:
+        first, count = lane.told, self._index(lane) - lane.told
+        lane.told += count
+        row = lane.row
+        return (Drawn(row.request_id, row.attempt, first, count),) if count > 0 else ()
+
+    def release(self, key: Key) -> tuple[Drawn, ...]:
+        """The attempt is forgotten; what it drew so far."""
+        lane = self._drop(key)
+        return self._untold(lane) if lane is not None else ()
+
+    def drawn(self, key: Key) -> tuple[Drawn, ...]:
+        """What a row drew that nobody was told yet."""
+        lane = self._lanes.get(key)
+        return self._untold(lane) if lane is not None else ()
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def begin(self, now: float, step: Step) -> tuple[Drawn, ...]:
+        """Start; `ends_at` is when it will end, unless it is cut. What dropped rows drew."""
         assert self.step is None, "a step is running"
+        told = [drawn for key in step.dropped for drawn in self.release(key)]
         self.step, self.started = step, now
         self.version += 1
-        self._steps = 1
-        if step.steps > 1:
-            left = (self._outputs(row.request_id) - row.index for row in step.rows)
-            self._steps = max(1, min(step.steps, *left))
-            self._context = sum(row.start + 1 for row in step.rows)
-            seconds = self._model.elapsed(len(step.rows), self._context, self._steps)
-            self.first_s = self._model.iteration_seconds(len(step.rows), self._context, 0)
+        self._others = []
+        for row in step.rows:
+            if row.stays and row.count == 1:
+                self._add(row)
+            else:
+                self._others.append(row)
+        assert len(self._lanes) + len(self._others) == len(step.rows) + step.carried, step
+        if any(row.count > 1 or not row.sample for row in self._others):
+            self._steps, self._batch = 1, 0
+            rows = [(row.count, row.start) for row in self._others]
+            behind = self._ticks
+            rows += [(1, lane.row.start + behind - lane.tick) for lane in self._lanes.values()]
+            self.first_s = seconds = self._model.batch(rows)
         else:
-            seconds = self._model.batch([(row.count, row.start) for row in step.rows])
-            self.first_s = seconds
+            seconds = self._run(step)
         self.ends_at = now + seconds
-        return self.ends_at
+        return tuple(told)
+
+    def _run(self, step: Step) -> float:
+        """Seconds of a step in which every row decodes."""
+        lanes, others, ends = len(self._lanes), self._others, self._ends
+        self._batch = lanes + len(others)
+        self._context = self._starts + lanes * (self._ticks + 1)
+        self._context += sum(row.start + 1 for row in others)
+        steps = step.steps
+        if lanes:
+            while ends[0][2].ends_at != ends[0][0]:
+                heappop(ends)
+            steps = min(steps, ends[0][0] - self._ticks)
+        if others:
+            steps = min(steps, *(self._outputs(row.request_id) - row.index for row in others))
+        self._steps = max(1, steps)
+        self.first_s = self._model.iteration_seconds(self._batch, self._context, 0)
+        return self._model.elapsed(self._batch, self._context, self._steps)
+
+    def first_drawn(self) -> tuple[Drawn, ...]:
+        """The first tokens of rows that join, when they are drawn: not at the end of a run."""
+        found = []
+        for lane in self._joining:
+            if lane.told == lane.row.index and lane.tick == self._ticks and lane.ends_at >= 0:
+                lane.told += 1
+                row = lane.row
+                found.append(Drawn(row.request_id, row.attempt, row.index, 1))
+        return tuple(found)
+
+    @property
+    def joins(self) -> bool:
+        return any(lane.told == lane.row.index for lane in self._joining)
+
+    @property
+    def requests(self) -> list[RequestId]:
+        """Whose rows are in the batch."""
+        return [request_id for request_id, _ in self._lanes]
 
     def cut(self, now: float, step_id: StepId) -> float | None:
         """Shorten to the end of the present iteration; the new end, or None if nothing changes."""
         step = self.step
         if step is None or step.id != step_id or self._steps == 1:
             return None
-        done = self._model.steps_within(len(step.rows), self._context, now - self.started)
+        done = self._model.steps_within(self._batch, self._context, now - self.started)
         if done + 1 >= self._steps:
             return None
         self._steps = done + 1
         self.version += 1
-        self.ends_at = self.started + self._model.elapsed(
-            len(step.rows), self._context, self._steps
-        )
+        self.ends_at = self.started + self._model.elapsed(self._batch, self._context, self._steps)
         return self.ends_at
 
     def finish(self) -> Outcome:
@@ -80,15 +216,18 @@ class Executor:
         return self._close(self.ends_at, self._steps)
 
     def crash(self, now: float) -> Outcome | None:
-        """The worker died: iterations done by now count, the running one is lost."""
+        """The worker died: iterations done by now count, the running one is lost. All that was
+        drawn is told."""
         step = self.step
         if step is None:
             return None
         done = 0
-        if self._steps > 1:
-            done = self._model.steps_within(len(step.rows), self._context, now - self.started)
+        if self._batch and self._steps > 1:
+            done = self._model.steps_within(self._batch, self._context, now - self.started)
             done = min(done, self._steps)
-        return self._close(now, done)
+        outcome = self._close(now, done)
+        rest = [drawn for lane in self._lanes.values() for drawn in self._untold(lane)]
+        return outcome._replace(drawn=outcome.drawn + tuple(rest))
 
     def _close(self, ended: float, steps: int) -> Outcome:
         step = self.step
@@ -97,18 +236,77 @@ class Executor:
         self.version += 1
         first_s = last_s = ended - self.started
         if steps > 1:
-            batch = len(step.rows)
-            first_s = self._model.iteration_seconds(batch, self._context, 0)
-            last_s = self._model.iteration_seconds(batch, self._context, steps - 1)
-        rows = []
-        for row in step.rows:
-            sampled = steps if row.sample else 0
-            end = ""
-            if sampled:
-                last = row.index + sampled
-                if last >= row.end_at:
-                    end = "length"
-                elif last >= self._outputs(row.request_id):
-                    end = "stop"
-            rows.append(RowDone(row.request_id, row.attempt, sampled, end))  # type: ignore[arg-type]
-        return Outcome(self.started, ended, steps, first_s, last_s, tuple(rows))
+            first_s = self._model.iteration_seconds(self._batch, self._context, 0)
+            last_s = self._model.iteration_seconds(self._batch, self._context, steps - 1)
+        idle_s = self.started - self.ended
+        together = len(self._lanes) - sum(lane.ends_at >= 0 for lane in self._joining)
+        joined = [self._joins(lane, steps) for lane in self._joining if lane.ends_at >= 0 and steps]
+        everyone = self._everyone() if self._names else ()
+        self._ticks += steps
+        young = [lane for lane in self._young if lane.ends_at >= 0]
+        drawn = [one for lane in young for one in self._untold(lane)]
+        self._young = [lane for lane in young if lane.told < lane.second]
+        second = [lane for lane in self._joining if lane.ends_at >= 0 and self._index(lane) == 1]
+        self._joining = second  # the second token of a text is told apart too
+        rows = [self._row_done(row, steps, drawn, joined) for row in step.rows]
+        rows += self._ended_unnamed(steps, drawn)
+        self.ended = ended
+        return Outcome(
+            self.started, ended, steps, first_s, last_s, tuple(rows), tuple(drawn), tuple(joined),
+            together if steps else 0, idle_s, everyone,
+        )  # fmt: skip
+
+    def _joins(self, lane: Lane, steps: int) -> Joined:
+        return Joined(lane.row.request_id, self._index(lane), steps)
+
+    def _everyone(self) -> tuple[RequestId, ...]:
+        new = set(map(id, self._joining))
+        return tuple(x.row.request_id for x in self._lanes.values() if id(x) not in new)
+
+    def _row_done(
+        self, row: Row, steps: int, drawn: list[Drawn], joined: list[Joined]
+    ) -> RowDone:
+        """A row that the step named. One that stays is a lane from here on."""
+        key = (row.request_id, row.attempt)
+        sampled = steps if row.sample else 0
+        end = self._end(row, row.index + sampled) if sampled else ""
+        lane = self._lanes.get(key)
+        if lane is not None:
+            if end:
+                self._drop(key)
+                drawn += self._untold(lane)
+        elif sampled:
+            drawn.append(Drawn(*key, row.index, sampled))
+            joined.append(Joined(row.request_id, row.index, sampled))
+            if row.stays and not end:
+                self._stay(row)
+        return RowDone(*key, sampled, end)
+
+    def _stay(self, row: Row) -> None:
+        """A row that ended its prefill here and decodes from now on."""
+        joining = self._joining
+        self._add(
+            Row(row.request_id, row.attempt, row.start + row.count, 1, sample=True,
+                index=row.index + 1, end_at=row.end_at, gateway=row.gateway, stays=True)
+        )  # fmt: skip
+        if row.index != 0:
+            joining.pop()
+
+    def _ended_unnamed(self, steps: int, drawn: list[Drawn]) -> list[RowDone]:
+        done = []
+        ends = self._ends
+        while ends and ends[0][0] <= self._ticks:
+            at, _, lane = heappop(ends)
+            if lane.ends_at != at:
+                continue
+            key = (lane.row.request_id, lane.row.attempt)
+            self._drop(key)
+            drawn += self._untold(lane)
+            done.append(RowDone(*key, steps, self._end(lane.row, self._index(lane))))
+        return done
+
+    def _end(self, row: Row, index: int) -> End:
+        """Why a row is over when output `index` would be next."""
+        if index >= row.end_at:
+            return "length"
+        return "stop" if index >= self._outputs(row.request_id) else ""

@@ -22,6 +22,7 @@ from kvasir.core.messages import Location
 from kvasir.core.specs.topology import TIERS
 from kvasir.net.maxmin import Flow, FlowSet, flows_of
 from kvasir.net.topology import Route, Topology
+from kvasir.world.sim.heat import LinkHeat
 
 
 class Schedule(Protocol):
@@ -52,11 +53,15 @@ class _Flow:
     """
 
     __slots__ = (
-        "awaited", "bundle", "ends_at", "rate", "remaining", "since", "tiers", "version",
+        "awaited", "bundle", "ends_at", "links", "rate", "remaining", "since", "tiers", "version",
     )  # fmt: skip
 
-    def __init__(self, nbytes: float, tiers: tuple[int, ...], now: float, bundle: _Bundle) -> None:
+    def __init__(
+        self, nbytes: float, links: tuple[int, ...], tiers: tuple[int, ...], now: float,
+        bundle: _Bundle,
+    ) -> None:  # fmt: skip
         self.remaining = nbytes
+        self.links = links
         self.tiers = tiers  # of the links that it crosses
         self.bundle = bundle
         self.since = now
@@ -72,6 +77,7 @@ class SimNetwork:
     def __init__(self, topology: Topology, schedule: Schedule) -> None:
         self.topology = topology
         self.bytes_by_tier = [0] * len(TIERS)
+        self.heat: LinkHeat | None = None  # who wants bytes by link and time sets it before the run
         self._schedule = schedule
         self._bundles: dict[int, _Bundle] = {}
         self._flows: dict[int, _Flow] = {}
@@ -112,7 +118,7 @@ class SimNetwork:
         for name, flow in zip(bundle.names, flows, strict=True):
             tiers = tuple(links[link].tier for link in flow.links)
             part = nbytes * flow.multiplicity / route.multiplicity
-            self._flows[name] = _Flow(part, tiers, now, bundle)
+            self._flows[name] = _Flow(part, flow.links, tiers, now, bundle)
             self._shares.add(name, flow)
         self._solve_soon(now)
         return first
@@ -145,6 +151,8 @@ class SimNetwork:
     def _move(self, flow: _Flow, now: float) -> None:
         """What has gone since the flow was last looked at."""
         sent = min(flow.rate * (now - flow.since), flow.remaining)
+        if self.heat is not None and sent > 0:
+            self.heat.add(flow.links, flow.since, now, sent)
         flow.since = now
         if sent > 0:
             flow.remaining -= sent
@@ -194,6 +202,8 @@ class SimNetwork:
         if not self._valid(name, version):
             return
         flow = self._flows.pop(name)
+        if self.heat is not None:
+            self.heat.add(flow.links, flow.since, flow.ends_at, flow.remaining)
         for tier in flow.tiers:
             self._moved[tier] += flow.remaining
         self._shares.remove(name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvasir.core.events import AnyEvent, Closed, Preempted, Recomputed, Retried, Routed
 from kvasir.core.ids import RequestId
-from kvasir.core.messages import Done, Report, RowDone
+from kvasir.core.messages import Done, Report
 from kvasir.measure.itl import ItlRuns
 from kvasir.measure.summary import RequestOutcome
 from kvasir.world.sim.executor import Outcome
@@ -25,42 +25,49 @@ class Recorder:
         self._last_token: dict[RequestId, float] = {}
         self._second_delay: dict[RequestId, float] = {}
         self._reports: dict[RequestId, Report] = {}
-        self._why: dict[RequestId, str] = {}
+        self._story: dict[RequestId, list[str]] = {}  # decisions and losses, in order
 
-    def step(self, outcome: Outcome, first: dict[RequestId, int]) -> None:
-        """Token times of a step. `first`: output index of each sampling row's first token.
-
-        Rows that also sampled in the step before share one run; for others the gap before their
-        first token here is a sample of its own.
-        """
-        together = 0
-        first_at = outcome.started + outcome.first_s
-        for row in outcome.rows:
-            if not row.sampled:
-                continue
-            last = self._last_token.get(row.request_id)
+    def step(self, outcome: Outcome) -> None:
+        """Token times of a step. Rows that drew in the step before share one run of gaps; for
+        others the gap before their first token here is a sample of its own."""
+        started, steps = outcome.started, outcome.steps
+        first_at, second_s = started + outcome.first_s, outcome.first_s + self._slope(outcome)
+        for request_id, index, count in outcome.joined:
+            last = self._last_token.get(request_id)
+            self._joined(request_id, index, last, first_at)
+            if count > 1:
+                self.itl.add(count - 1, second_s, outcome.last_s, 1, first_at)
+                if index == 0:
+                    self._second_delay[request_id] = second_s
+            self._last_token[request_id] = outcome.ended
             if self._own is not None:
-                self._own_gaps(self._own, row, last, outcome)
-            if last == outcome.started and first[row.request_id] > 1:
-                together += 1
-            else:
-                self._joined(row.request_id, first[row.request_id], last, first_at)
-                if row.sampled > 1:
-                    second_s = outcome.first_s + self._slope(outcome)
-                    self.itl.add(row.sampled - 1, second_s, outcome.last_s, 1, first_at)
-            self._last_token[row.request_id] = outcome.ended
-        if together:
-            self.itl.add(outcome.steps, outcome.first_s, outcome.last_s, together, outcome.started)
+                gap_s = first_at - last if last is not None and first_at >= last else None
+                self._own_gaps(self._own, request_id, gap_s, outcome)
+        together, gap_s = outcome.together, outcome.first_s + outcome.idle_s
+        if together and outcome.idle_s:
+            self.itl.add(1, gap_s, gap_s, together, started - outcome.idle_s)
+            if steps > 1:
+                self.itl.add(steps - 1, second_s, outcome.last_s, together, first_at)
+        elif together:
+            self.itl.add(steps, outcome.first_s, outcome.last_s, together, started)
+        for request_id in outcome.everyone:
+            assert self._own is not None
+            self._own_gaps(self._own, request_id, gap_s, outcome)
+
+    def left(self, request_id: RequestId, at: float) -> None:
+        """A row left its batch; `at` is when it drew its last token there."""
+        self._last_token[request_id] = at
 
     def _own_gaps(
-        self, own: dict[RequestId, ItlRuns], row: RowDone, last: float | None, outcome: Outcome
-    ) -> None:
-        first_at = outcome.started + outcome.first_s
-        runs = own.setdefault(row.request_id, ItlRuns())
-        if last is not None and first_at >= last:
-            runs.add(1, first_at - last, first_at - last)
-        if row.sampled > 1:
-            runs.add(row.sampled - 1, outcome.first_s + self._slope(outcome), outcome.last_s)
+        self, own: dict[RequestId, ItlRuns], request_id: RequestId, gap_s: float | None,
+        outcome: Outcome,
+    ) -> None:  # fmt: skip
+        runs = own.setdefault(request_id, ItlRuns())
+        if gap_s is not None:
+            runs.add(1, gap_s, gap_s)
+        if outcome.steps > 1:
+            second_s = outcome.first_s + self._slope(outcome)
+            runs.add(outcome.steps - 1, second_s, outcome.last_s)
 
     def _joined(self, request_id: RequestId, index: int, last: float | None, at: float) -> None:
         if last is None or at < last:  # the second: a lost attempt that does not know it yet
@@ -84,13 +91,15 @@ class Recorder:
             self._closed(now, event)
         elif isinstance(event, Routed):
             where = f"{event.prefill} -> {event.decode}" if event.decode else event.prefill
-            self._why[event.request_id] = f"{where}: {event.why}"
+            self._story.setdefault(event.request_id, []).append(f"{where}: {event.why}")
         elif isinstance(event, (Recomputed, Preempted)):
             key = f"{name}.tokens"
             self.counts[key] = self.counts.get(key, 0) + event.tokens
         elif isinstance(event, Retried):
             key = f"Retried: {event.reason.split(' ', 1)[-1]}"
             self.counts[key] = self.counts.get(key, 0) + 1
+            lost = f"attempt {event.attempt} lost, {event.reason}"
+            self._story.setdefault(event.request_id, []).append(lost)
 
     def _closed(self, now: float, event: Closed) -> None:
         report = self._reports.pop(event.request_id, None)
@@ -106,7 +115,10 @@ class Recorder:
             RequestOutcome(
                 ok=ok,
                 request_id=event.request_id,
-                why=self._why.pop(event.request_id, ""),
+                why="; ".join(self._story.pop(event.request_id, ())),
+                attempts=event.attempts,
+                prefill_worker=prefill.worker if prefill else "",
+                decode_worker=report.decode_worker if report else "",
                 prompt_tokens=event.prompt_tokens,
                 output_tokens=event.output_tokens,
                 cached_tokens=event.cached_tokens,

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from kvasir.core import effects as fx
-from kvasir.core.events import Closed
 from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
     Alarm,
@@ -23,6 +22,7 @@ from kvasir.core.messages import (
     Drawn,
     Hangup,
     Location,
+    Lost,
     Message,
     NetReading,
     Received,
@@ -58,6 +58,7 @@ MESSAGE_S = 100e-6  # one control message, one way
 PERFORMS = (
     fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Release, fx.Timer, fx.Reply, fx.Refuse, fx.Note,
 )  # fmt: skip
+CLOSES = (Hangup, Lost, Alarm)
 Journals = Callable[[NodeId, str, dict[str, Any]], Journal]
 
 
@@ -97,8 +98,6 @@ class SimWorld:
         self._heap: list[tuple[float, int, Host | None, Any]] = []
         self._serial = 0
         self._outputs: dict[RequestId, int] = {}
-        self._streaming: set[tuple[RequestId, int]] = set()  # have drawn a token
-        self._first_sent: set[tuple[RequestId, int]] = set()  # ... and sent it ahead of its run
         self._arrivals = iter(arrivals)
         self._again = again
         self._arrived = 0
@@ -146,7 +145,8 @@ class SimWorld:
             fingerprint=self.deployment.models[0].name,
         )  # fmt: skip
         model = self._models[config.pool]
-        executor = Executor(model, self._outputs.__getitem__)
+        names = self.deployment.slo.itl_p99_s is not None
+        executor = Executor(model, self._outputs.__getitem__, names=names)
         self._boot(worker, incarnation, "worker", Worker(config), msgspec.to_builtins(config),
                    executor)  # fmt: skip
 
@@ -205,12 +205,28 @@ class SimWorld:
 
     def deliver(self, host: Host, event: AnyMessage) -> None:
         """One input to one node, and everything that it decides."""
+        if type(event) in CLOSES:
+            self._catch_up(event)
         effects = host.node.handle(self.now, event)
         self.touched = host.node
         if host.journal is not None:
             host.journal.add(self.now, event, effects)
+        perform = self._perform
         for effect in effects:
-            self._perform[type(effect)](self, host, effect)
+            perform[type(effect)](self, host, effect)
+
+    def _catch_up(self, event: AnyMessage) -> None:
+        """A client reads its tokens as they are drawn; here they are told in bulk, at the latest
+        before the gateway handles what may end or move a request."""
+        request_id = getattr(event, "request_id", None) or event.name.partition(":")[2]  # type: ignore[union-attr]
+        life = self.requests.lives.get(request_id)
+        if life is None:
+            return
+        for host in list(self.hosts.values()):
+            if host.executor is not None:
+                drawn = host.executor.drawn((request_id, life.attempt))
+                if drawn:
+                    self.deliver(self.hosts[GATEWAY], Tokens(drawn))
 
     def schedule(self, at: float, action: Callable[[], None]) -> None:
         self._serial += 1
@@ -250,26 +266,31 @@ class SimWorld:
     def _step(self, host: Host, effect: fx.Step) -> None:
         executor = host.executor
         assert executor is not None
-        ends_at = executor.begin(self.now, effect)
-        self.transfers.step_begins(self.now, host.id, effect.id, ends_at)
+        self._told(executor, executor.begin(self.now, effect))
+        self.transfers.step_begins(self.now, host.id, effect.id, executor.ends_at)
         self._await_step(host, executor)
-        if effect.steps > 1:
+        if effect.steps > 1 and executor.joins:
             self._await_first_tokens(host, executor, effect)
 
     def _await_first_tokens(self, host: Host, executor: Executor, step: fx.Step) -> None:
         """Rows that join a run of steps stream their first token when it is drawn, not at the end
         of the run."""
-        fresh = [r for r in step.rows if (r.request_id, r.attempt) not in self._streaming]
-        if not fresh:
-            return
 
         def drawn() -> None:
             if executor.step is step and self.hosts.get(host.id) is host:
-                self._first_sent.update((r.request_id, r.attempt) for r in fresh)
-                rows = (Drawn(r.request_id, r.attempt, r.index, 1) for r in fresh)
-                self.send(GATEWAY, Tokens(tuple(rows)))
+                self._tokens(executor.first_drawn())
 
         self.schedule(self.now + executor.first_s, drawn)
+
+    def _tokens(self, drawn: tuple[Drawn, ...]) -> None:
+        if drawn:
+            self.send(GATEWAY, Tokens(drawn))
+
+    def _told(self, executor: Executor, drawn: tuple[Drawn, ...]) -> None:
+        """Rows that left their batch between two steps."""
+        for one in drawn:
+            self.recorder.left(one.request_id, executor.ended)
+        self._tokens(drawn)
 
     def _await_step(self, host: Host, executor: Executor) -> None:
         version = executor.version
@@ -284,25 +305,13 @@ class SimWorld:
         step = executor.step
         assert step is not None
         outcome = executor.finish()
-        self._emit_tokens(step, outcome)
+        self._emit(outcome)
         done = StepDone(step.id, outcome.steps, outcome.rows, outcome.first_s)
         self.deliver(host, done)
 
-    def _emit_tokens(self, step: fx.Step, outcome: Outcome) -> None:
-        first: dict[RequestId, int] = {}
-        drawn: list[Drawn] = []
-        for row, done in zip(step.rows, outcome.rows, strict=True):
-            if done.sampled:
-                first[row.request_id] = row.index
-                key = (row.request_id, row.attempt)
-                sent = key in self._first_sent
-                self._first_sent.discard(key)
-                self._streaming.add(key)
-                if done.sampled > sent:
-                    drawn.append(Drawn(*key, row.index + sent, done.sampled - sent))
-        if drawn:
-            self.send(GATEWAY, Tokens(tuple(drawn)))
-        self.recorder.step(outcome, first)
+    def _emit(self, outcome: Outcome) -> None:
+        self._tokens(outcome.drawn)
+        self.recorder.step(outcome)
 
     def _cut(self, host: Host, effect: fx.Cut) -> None:
         executor = host.executor
@@ -322,6 +331,9 @@ class SimWorld:
         self.transfers.fetch(self.now, host.id, effect)
 
     def _release(self, host: Host, effect: fx.Release) -> None:
+        if host.executor is not None:
+            key = (effect.request_id, effect.attempt)
+            self._told(host.executor, host.executor.release(key))
         self.transfers.release(host.id, effect.request_id, effect.attempt)
 
     def _timer(self, host: Host, effect: fx.Timer) -> None:
@@ -341,12 +353,7 @@ class SimWorld:
         pass  # the Reply that closes it follows
 
     def _note(self, host: Host, effect: fx.Note) -> None:
-        event = effect.event
-        self.recorder.event(self.now, event)
-        if isinstance(event, Closed):
-            for attempt in range(1, event.attempts + 1):
-                self._streaming.discard((event.request_id, attempt))
-                self._first_sent.discard((event.request_id, attempt))
+        self.recorder.event(self.now, effect.event)
 
     _perform: ClassVar[dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]]] = {
         fx.Tell: _tell, fx.Step: _step, fx.Cut: _cut, fx.Send: _send_kv, fx.Fetch: _fetch_kv,
@@ -402,10 +409,11 @@ class SimWorld:
         host = self.hosts.get(death.worker)
         if host is None or host.executor is None:
             return
-        step = host.executor.step
         outcome = host.executor.crash(self.now)
-        if step is not None and outcome is not None and outcome.steps:
-            self._emit_tokens(step, outcome)
+        if outcome is not None:
+            self._emit(outcome)
+        for request_id in host.executor.requests:
+            self.recorder.left(request_id, host.executor.ended)
         del self.hosts[death.worker]
         self.transfers.worker_died(death.worker)
         self.send(CONDUCTOR, WorkerGone(death.worker, host.incarnation, "died"))
