@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.core.specs import HARDWARE, ModelSpec
-from kvasir.core.specs.deployment import FittedCost, MeasuredCost
+from kvasir.core.specs.deployment import FittedCost, MeasuredCost, ProfileCost
 from kvasir.cost.catalog import shape_of
 from kvasir.cost.measured import Measured
+from kvasir.cost.profile import TwoPhases, profiled
+from kvasir.cost.published import DISTSERVE
 from kvasir.cost.step import Fitted, Roofline, StepModel
 from kvasir.measure.calibration import load_tables
 
@@ -36,8 +38,20 @@ ARMS: dict[str, StepModel] = {
     "measured windows": measured("gpt-oss-120b", "b200", 2, moe="w4a8_mxfp4_mxfp8"),
     "measured, host waits": measured("llama-3.1-8b", "a100", 1, asynchronous=False),
     "measured, no tables": measured("deepseek-v3", "a40", 8, 2),
+    "profile": profiled(ProfileCost(source="splitwise"), "llama-2-70b", "h100", 8, ""),
+    "profile of one's own": profiled(
+        ProfileCost(prefill=((1, 1e-3), (64, 9e-3)), decode=((2, 5e-3), (3, 4e-3), (9, 2e-2))),
+        "", "", 1, "",
+    ),
+    "two phases": TwoPhases(DISTSERVE["opt-13b", "a100", 1]._replace(large_from=12)),
     "fitted": Fitted(
         FittedCost(overhead_s=4e-3, per_token_s=1e-4, per_attention_s=1e-9, per_context_s=3e-8)
+    ),
+    "fitted curve": Fitted(
+        FittedCost(
+            overhead_s=0, per_token_s=0, per_context_s=3e-6, per_row_s=2e-4,
+            curve=((2, 0.01), (8, 0.02), (21, 0.021)),
+        )
     ),
     "fitted without context": Fitted(FittedCost()),
     "fitted steep": Fitted(FittedCost(overhead_s=1e-9, per_token_s=0.0, per_context_s=1e-3)),

@@ -127,6 +127,13 @@ CATALOG: Final[Mapping[str, Config]] = {
 }  # fmt: skip
 
 
+def shape_name(model: ModelSpec) -> str:
+    """The bundled shape that a model names, which may be unknown. An inline shape has no name."""
+    if isinstance(model.shape, ModelShape):
+        return "a model of your own"
+    return (model.shape or model.name).lower()
+
+
 def shape_of(model: ModelSpec) -> ModelShape:
     """The shape that a model gives inline, or the bundled one of its `shape`, else of its `name`.
 
@@ -134,7 +141,7 @@ def shape_of(model: ModelSpec) -> ModelShape:
     """
     if isinstance(model.shape, ModelShape):
         return model.shape
-    name = (model.shape or model.name).lower()
+    name = shape_name(model)
     config = CATALOG.get(name)
     if config is None:
         raise ConfigError(

@@ -26,14 +26,18 @@ from kvasir.cost.operators import (
     TOKENS,
     Experts,
     Heads,
+    Operator,
     Operators,
-    Seconds,
 )  # fmt: skip
 from kvasir.cost.step import DecodeLine, Row
-from kvasir.cost.tables import Curve, Part, SystemTables
+from kvasir.cost.tables import Curve, Part, Shares, SystemTables, shares_of
 
 HOP_S: Final = 10e-6  # one stage-to-stage send
 HEAD_FORMAT: Final = "bfloat16"  # engines keep the output head unquantised
+# Architectures that norm queries and keys over all heads: ranks add up two squares a token between
+# them, in float32, and the norm falls apart into small kernels (vLLM's MiniMaxText01RMSNormTP).
+NORM_OVER_HEADS: Final = frozenset({"minimax_m2"})
+NORM_ELEMENTS: Final = 4  # of bfloat16, for two of float32
 
 
 class Engine(NamedTuple):
@@ -45,8 +49,45 @@ class Engine(NamedTuple):
     host_row_s: float = 36e-6  # a sequence in it
     layer_s: float = 8e-6  # small kernels of a layer: norms, rotary, cache write, activation
     kernel: float = 1.08  # kernels in a server against the same ones measured alone
-    prefill_experts: float = 1.5  # experts in a step with prompts, against the same ones measured
+    prefill_experts: float = 1.2  # experts in a step with prompts, against the same ones measured
     distribution: str = "power_law_1.2"  # of tokens over experts
+
+
+class Times(NamedTuple):
+    """An operator that runs `times` in an iteration."""
+
+    times: float
+    operator: Operator
+
+
+class Mix(NamedTuple):
+    """Rows of one iteration, summed up.
+
+    `decoding` rows read `context` positions. `prefills` prompts have `tokens` new positions, hold
+    `length` afterwards, and attend over `pairs` of a new position and one it sees.
+    """
+
+    decoding: int
+    context: int
+    prefills: int
+    tokens: int
+    length: int
+    pairs: int
+
+
+def mix_of(rows: Sequence[Row]) -> Mix:
+    """Sums over rows; one of a single new token decodes."""
+    decoding = context = tokens = prefills = length = pairs = 0
+    for new, before in rows:
+        if new == 1:
+            decoding += 1
+            context += before + 1
+        else:
+            prefills += 1
+            tokens += new
+            length += before + new
+            pairs += new * before + new * (new + 1) // 2
+    return Mix(decoding, context, prefills, tokens, length, pairs)
 
 
 class Measured(PiecewiseModel):
@@ -68,9 +109,13 @@ class Measured(PiecewiseModel):
         self._hop_token_s = shape.hidden * 2 / hardware.nvlink_bandwidth
         self._full = shape.global_layers if shape.window else shape.layers
         self._windowed = shape.layers - self._full
-        self._dense = self._dense_curve()
-        self._experts = self._experts_curve() if shape.experts else None
-        self._head = self._tabulate(self._head_gemm())
+        self._small = 1 + (self._ranks > 1 and shape.architecture in NORM_OVER_HEADS)
+        self._dense_parts = self._dense_operators()
+        self._dense = _tabulate(self._dense_parts)
+        self._expert_parts = self._expert_operators() if shape.experts else ()
+        self._experts = _tabulate(self._expert_parts) if shape.experts else None
+        self._head_parts = (self._head_gemm(),)
+        self._head = _tabulate(self._head_parts)
         self._prefill = [
             (n, self._ops.attention("prefill attention", "prefill_attention", heads))
             for n, heads in self._heads()
@@ -91,30 +136,42 @@ class Measured(PiecewiseModel):
     def batch(self, rows: Sequence[Row]) -> float:
         """As `StepModel.batch`."""
         assert rows, "a batch without rows"
-        decoding = context = tokens = prefills = length = pairs = 0
-        for new, before in rows:
-            if new == 1:
-                decoding += 1
-                context += before + 1
-            else:
-                prefills += 1
-                tokens += new
-                length += before + new
-                pairs += new * before + new * (new + 1) // 2
-        if not prefills:
-            return self.iteration_seconds(decoding, context)
-        busiest = -(-tokens // self._dp) if prefills >= self._dp else tokens // prefills
-        on_rank = busiest + -(-decoding // self._dp)
-        seconds = self._tokens_s(on_rank, tokens + decoding, len(rows))
+        mix = mix_of(rows)
+        if not mix.prefills:
+            return self.iteration_seconds(mix.decoding, mix.context)
+        everywhere = mix.tokens + mix.decoding
+        seconds = self._tokens_s(self._on_rank(mix), everywhere, len(rows))
         if self._experts is not None:
             slower = (self._engine.prefill_experts - 1) * self._engine.kernel
-            seconds += slower * self._experts(tokens + decoding)
-        seconds += self._prefill_s(prefills, tokens, length, pairs)
-        if decoding:
-            mean = context / decoding
-            here = -(-decoding // self._dp)
-            seconds += self._decode_s(here, mean)
+            seconds += slower * self._experts(everywhere)
+        seconds += self._prefill_s(mix.prefills, mix.tokens, mix.length, mix.pairs)
+        if mix.decoding:
+            here = -(-mix.decoding // self._dp)
+            seconds += self._decode_s(here, mix.context / mix.decoding)
         return self._with_host(seconds, len(rows))
+
+    def shares(self, rows: Sequence[Row]) -> Shares:
+        """How the kernels' time of an iteration over `rows` is found; the engine's is left out."""
+        assert rows, "a batch without rows"
+        mix = mix_of(rows)
+        here, everywhere = self._on_rank(mix), mix.tokens + mix.decoding
+        per_rank = -(-len(rows) // self._dp)
+        sizes = ((self._dense_parts, here), (self._expert_parts, everywhere),
+                 (self._head_parts, per_rank))  # fmt: skip
+        times = [(n * op.seconds(m), op.source(m)) for parts, m in sizes for n, op in parts]
+        for kind, count, length in ((self._prefill, mix.prefills, mix.length),
+                                    (self._decode, mix.decoding, mix.context)):  # fmt: skip
+            rank, mean = -(-count // self._dp), length / max(1, count)
+            times += [(n * op(rank, mean), op.source(rank, mean)) for n, op in kind if count]
+        return shares_of(times)
+
+    def _on_rank(self, mix: Mix) -> int:
+        """Tokens on the busiest attention rank."""
+        if not mix.prefills:
+            return -(-mix.decoding // self._dp)
+        whole = mix.prefills >= self._dp
+        busiest = -(-mix.tokens // self._dp) if whole else mix.tokens // mix.prefills
+        return busiest + -(-mix.decoding // self._dp)
 
     def _with_host(self, seconds: float, rows: int) -> float:
         """The host works at the same time (`asynchronous`), or while the accelerator waits."""
@@ -132,7 +189,7 @@ class Measured(PiecewiseModel):
             if self._experts is not None:
                 found += self._experts(everywhere)
             found *= self._engine.kernel
-            found += self._shape.layers * self._engine.layer_s
+            found += self._shape.layers * self._engine.layer_s * self._small
             found += (self._pp - 1) * (HOP_S + self._hop_token_s * on_rank)
             if len(self._fixed) < FIXED_MAX:
                 self._fixed[key] = found
@@ -184,49 +241,51 @@ class Measured(PiecewiseModel):
         kinds = [(self._full, one), (self._windowed, one._replace(window=s.window or 0))]
         return [(layers, heads) for layers, heads in kinds if layers]
 
-    def _tabulate(self, *parts: tuple[float, Seconds]) -> Curve:
-        """A curve of the sum of times that each happen some number of times."""
-        return Curve([(float(m), sum(n * f(m) for n, f in parts)) for m in KNOTS])
-
-    def _dense_curve(self) -> Curve:
+    def _dense_operators(self) -> tuple[Times, ...]:
         """Projections, dense MLP, their all-reduces and what moves between them."""
         s, ops, form, ranks = self._shape, self._ops, self._cost.gemm, self._ranks
         q, kv = s.heads * s.head_dim // ranks, max(1, s.kv_heads // ranks) * s.head_dim
-        parts: list[tuple[float, Seconds]] = [
-            (s.layers, ops.gemm("qkv", q + 2 * kv, s.hidden, form)),
-            (s.layers, ops.gemm("o", s.hidden, q, form)),
+        found = [
+            ops.gemm("qkv", q + 2 * kv, s.hidden, form),
+            ops.gemm("o", s.hidden, q, form),
         ]
         inner = s.intermediate if not s.experts else s.shared_expert_intermediate
         inner = -(-inner // ranks)
         if inner:
             up = 2 * inner if s.gated_mlp else inner
-            parts.append((s.layers, ops.gemm("gate and up", up, s.hidden, form)))
-            parts.append((s.layers, ops.gemm("down", s.hidden, inner, form)))
+            found.append(ops.gemm("gate and up", up, s.hidden, form))
+            found.append(ops.gemm("down", s.hidden, inner, form))
         if s.experts:
-            parts.append((s.layers, ops.gemm("router", s.experts, s.hidden, "bfloat16")))
+            found.append(ops.gemm("router", s.experts, s.hidden, "bfloat16"))
         if ranks > 1:
-            reduces = s.layers * (2 if self._dp == 1 else 1)
-            parts.append((reduces, ops.collective("all-reduce", "all_reduce", ranks, s.hidden)))
+            reduce = ops.collective("all-reduce", "all_reduce", ranks, s.hidden)
+            found += [reduce] * (2 if self._dp == 1 else 1)
+            if s.architecture in NORM_OVER_HEADS:
+                found.append(ops.collective("norm", "all_reduce", ranks, NORM_ELEMENTS))
         moved = 20 * s.hidden + 6 * (q + 2 * kv) + 6 * inner
         if form != "bfloat16":
             moved += 3 * (2 * s.hidden + q + inner)
-        token_s = ops.traffic(moved)
-        parts.append((s.layers, lambda m: token_s * m))
-        return self._tabulate(*parts)
+        found.append(ops.traffic("between", moved))
+        return tuple(Times(s.layers, op) for op in found)
 
-    def _experts_curve(self) -> Curve:
+    def _expert_operators(self) -> tuple[Times, ...]:
         s, cost, ops = self._shape, self._cost, self._ops
         shape = Experts(cost.moe or cost.gemm, s.hidden, s.intermediate, s.experts_per_token,
                         s.experts, self._gpus // cost.ep, cost.ep)  # fmt: skip
-        parts = [(float(s.layers), ops.experts("experts", shape, self._engine.distribution))]
+        found = [ops.experts("experts", shape, self._engine.distribution)]
         if self._dp > 1:
             for name, op in (("gather", "all_gather"), ("scatter", "reduce_scatter")):
-                parts.append((s.layers, ops.collective(name, op, self._gpus, s.hidden)))
-        return self._tabulate(*parts)
+                found.append(ops.collective(name, op, self._gpus, s.hidden))
+        return tuple(Times(s.layers, op) for op in found)
 
-    def _head_gemm(self) -> tuple[float, Seconds]:
+    def _head_gemm(self) -> Times:
         s = self._shape
-        return 1.0, self._ops.gemm("head", -(-s.vocab // self._ranks), s.hidden, HEAD_FORMAT)
+        return Times(1, self._ops.gemm("head", -(-s.vocab // self._ranks), s.hidden, HEAD_FORMAT))
+
+
+def _tabulate(parts: Sequence[Times]) -> Curve:
+    """A curve of the sum of operators' times."""
+    return Curve([(float(m), sum(n * op.seconds(m) for n, op in parts)) for m in KNOTS])
 
 
 def kv_tokens(

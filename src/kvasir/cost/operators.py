@@ -1,7 +1,7 @@
 """Times of single operators on one accelerator: from measured tables, else from a roofline.
 
 Knows operators and their sizes. Must not know models or batches. Each look-up says how it was
-found (`Part`), the worst of its sources.
+found (`Part`), the worst of its sources, and up to which size that holds.
 """
 
 from __future__ import annotations
@@ -48,10 +48,25 @@ class Experts(NamedTuple):
     ep: int
 
 
+class Operator(NamedTuple):
+    """One operator of a layer: seconds over tokens, `most` of which were measured."""
+
+    part: Part
+    seconds: Seconds
+    most: float = math.inf
+
+    def source(self, tokens: float) -> Source:
+        """How the time of `tokens` is found."""
+        return self.part.source if tokens <= self.most else max(self.part.source, Source.OUTSIDE)
+
+
 class Attention:
     """Seconds over batch size and length, from curves at some batch sizes."""
 
-    def __init__(self, curves: list[tuple[int, Curve]], scale: float = 1.0) -> None:
+    def __init__(
+        self, part: Part, curves: list[tuple[int, Curve]], scale: float = 1.0
+    ) -> None:
+        self.part = part
         self._curves = curves
         self._scale = scale
 
@@ -73,11 +88,11 @@ class Attention:
         return math.exp(low + share * (high - low)) * self._scale
 
     def source(self, batch: float, length: float) -> Source:
-        sizes = [size for size, _ in self._curves]
-        for size, curve in self._curves:
-            if size == batch:
-                return curve.source(length)
-        return Source.OUTSIDE if batch > sizes[-1] else Source.INTERPOLATED
+        """How the time at `batch` and `length` is found; a roofline is one everywhere."""
+        most, curve = self._curves[-1]
+        if batch <= most and length <= curve.range[1]:
+            return self.part.source
+        return max(self.part.source, Source.OUTSIDE)
 
 
 class Operators:
@@ -90,8 +105,12 @@ class Operators:
         self._link_byte_s = 1.0 / hardware.nvlink_bandwidth
         self.parts: list[Part] = []
 
-    def gemm(self, name: str, n: int, k: int, form: str) -> Seconds:
-        """Seconds over m of one m x k by k x n product.
+    def _part(self, name: str, source: Source) -> Part:
+        self.parts.append(Part(name, source))
+        return self.parts[-1]
+
+    def gemm(self, name: str, n: int, k: int, form: str) -> Operator:
+        """One m x k by k x n product, over m.
 
         Block-scaled fp8 was measured kernel by kernel, and at few rows shows the time to launch it
         and its scaling. In a captured graph that vanishes; both fp8 kinds read the same bytes, so
@@ -99,14 +118,13 @@ class Operators:
         """
         found = self._tables.gemm(form, n, k) if self._tables is not None else None
         if found is None:
-            self.parts.append(Part(name, Source.ROOFLINE))
-            return self._gemm_roofline(n, k, form)
-        self.parts.append(Part(name, found.source))
+            return Operator(self._part(name, Source.ROOFLINE), self._gemm_roofline(n, k, form))
+        part, most = self._part(name, found.source), found.curve.range[1]
         plain = self._tables.gemm("fp8", n, k) if self._tables is not None else None
         if plain is None or form != "fp8_block":
-            return found.curve
+            return Operator(part, found.curve, most)
         block, whole = found.curve, plain.curve
-        return lambda m: min(block(m), BLOCK_SCALED * whole(m))
+        return Operator(part, lambda m: min(block(m), BLOCK_SCALED * whole(m)), most)
 
     def _gemm_roofline(self, n: int, k: int, form: str) -> Seconds:
         flop_s = 2 * n * k * self._flop_s / FORMAT_FLOPS.get(form, 1.0)
@@ -118,15 +136,13 @@ class Operators:
         if self._tables is not None:
             curves = self._tables.by_batch(op, tuple(shape))
             if curves:
-                self.parts.append(Part(name, Source.MEASURED))
-                return Attention(curves)
+                return Attention(self._part(name, Source.MEASURED), curves)
             near = self._nearest_heads(op, shape)
             if near is not None:
-                self.parts.append(Part(name, Source.INTERPOLATED))
                 scale = shape.heads / int(near[1]) if op == "prefill_attention" else 1.0
-                return Attention(self._tables.by_batch(op, near), scale)
-        self.parts.append(Part(name, Source.ROOFLINE))
-        return self._attention_roofline(op, shape)
+                part = self._part(name, Source.INTERPOLATED)
+                return Attention(part, self._tables.by_batch(op, near), scale)
+        return self._attention_roofline(self._part(name, Source.ROOFLINE), op, shape)
 
     def _nearest_heads(self, op: str, shape: Heads) -> Key | None:
         """Measured with as many KV heads and nearly as many heads, at most twice or half."""
@@ -138,7 +154,7 @@ class Operators:
             return None
         return near
 
-    def _attention_roofline(self, op: str, shape: Heads) -> Attention:
+    def _attention_roofline(self, part: Part, op: str, shape: Heads) -> Attention:
         latent_prefill = not shape.kv_heads and op == "prefill_attention"
         computed = LATENT_PREFILL_HEAD_DIM if latent_prefill else shape.head_dim
         pair_s = 4 * shape.heads * computed * self._flop_s
@@ -151,21 +167,19 @@ class Operators:
                 return max(pair_s, read_s) * seen
             return max(pair_s * (length - seen / 2) * seen, read_s * length)
 
-        return Attention([(1, Curve([(float(n), seconds(n)) for n in CONTEXTS]))])
+        curve = Curve([(float(n), seconds(n)) for n in CONTEXTS])
+        return Attention(part, [(1, curve)])
 
-    def experts(self, name: str, shape: Experts, distribution: str) -> Seconds:
-        """Seconds over tokens (of all ranks) of one layer's experts, routing included."""
+    def experts(self, name: str, shape: Experts, distribution: str) -> Operator:
+        """One layer's experts, routing included, over the tokens of all ranks."""
         if self._tables is not None:
             curve = self._tables.curve("moe", (*shape, distribution))
             if curve is not None:
-                self.parts.append(Part(name, Source.MEASURED))
-                return curve
+                return Operator(self._part(name, Source.MEASURED), curve, curve.range[1])
             near = self._nearest_experts(shape, distribution)
             if near is not None:
-                self.parts.append(Part(name, Source.OUTSIDE))
-                return self._scaled(shape, *near)
-        self.parts.append(Part(name, Source.ROOFLINE))
-        return self._experts_roofline(shape)
+                return Operator(self._part(name, Source.OUTSIDE), self._scaled(shape, *near))
+        return Operator(self._part(name, Source.ROOFLINE), self._experts_roofline(shape))
 
     def _nearest_experts(
         self, shape: Experts, distribution: str
@@ -199,21 +213,22 @@ class Operators:
         here, missed = shape.experts / shape.ep, 1 - shape.per_token / shape.experts
         return lambda m: max(flop_s * m, read_s * here * (1 - missed**m))
 
-    def collective(self, name: str, op: str, ranks: int, token_elements: int) -> Seconds:
-        """Seconds over tokens of `all_reduce`, `all_gather` or `reduce_scatter` of bfloat16."""
+    def collective(self, name: str, op: str, ranks: int, token_elements: int) -> Operator:
+        """`all_reduce`, `all_gather` or `reduce_scatter` of bfloat16, over tokens."""
         curve = self._tables.curve(op, (ranks,)) if self._tables is not None else None
         if curve is None:
-            self.parts.append(Part(name, Source.ROOFLINE))
             sides = 2 if op == "all_reduce" else 1
             token_s = sides * (ranks - 1) / ranks * token_elements * 2 * self._link_byte_s
-            return lambda m: COLLECTIVE_S + token_s * m
-        self.parts.append(Part(name, Source.MEASURED))
+            part = self._part(name, Source.ROOFLINE)
+            return Operator(part, lambda m: COLLECTIVE_S + token_s * m)
         found = curve
-        return lambda m: found(m * token_elements)
+        part, most = self._part(name, Source.MEASURED), found.range[1] / token_elements
+        return Operator(part, lambda m: found(m * token_elements), most)
 
-    def traffic(self, nbytes: float) -> float:
-        """Seconds to read or write bytes of memory."""
-        return nbytes * self._byte_s
+    def traffic(self, name: str, nbytes: float) -> Operator:
+        """What moves `nbytes` a token through memory and was not measured, at full bandwidth."""
+        token_s = nbytes * self._byte_s
+        return Operator(Part(name, Source.ROOFLINE), lambda m: token_s * m)
 
 
 def _sizes(shape: Experts) -> tuple[float, ...]:

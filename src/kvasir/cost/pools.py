@@ -7,10 +7,11 @@ from collections.abc import Callable
 from kvasir.core.errors import ConfigError
 from kvasir.core.messages import Capacity
 from kvasir.core.specs import Deployment, PoolSpec
-from kvasir.core.specs.deployment import FittedCost, MeasuredCost
+from kvasir.core.specs.deployment import FittedCost, MeasuredCost, ProfileCost
 from kvasir.core.specs.model import ModelShape
-from kvasir.cost.catalog import shape_of
+from kvasir.cost.catalog import shape_name, shape_of
 from kvasir.cost.measured import Measured, kv_tokens
+from kvasir.cost.profile import profiled
 from kvasir.cost.step import Fitted, Roofline, StepModel, kv_blocks
 from kvasir.cost.tables import SystemTables
 
@@ -20,14 +21,18 @@ TablesOf = Callable[[str], SystemTables | None]
 def step_model(
     deployment: Deployment, pool: PoolSpec, tables: TablesOf | None = None
 ) -> StepModel:
-    """Fitted constants when the pool gives them, tables when it asks for them, else the roofline.
+    """Fitted constants, a profile or tables where the pool asks for them, else the roofline.
 
     `tables` finds the measured tables of a system; without it a pool that asks for them gets the
-    same operators from rooflines. Raises ConfigError for an unknown shape.
+    same operators from rooflines. Raises ConfigError for an unknown shape or profile.
     """
     if isinstance(pool.cost, FittedCost):
         return Fitted(pool.cost)
-    shape, hardware = shape_of(deployment.model_of(pool)), deployment.hardware_of(pool)
+    model, hardware = deployment.model_of(pool), deployment.hardware_of(pool)
+    if isinstance(pool.cost, ProfileCost):
+        where = f"pools.{pool.name}.cost"
+        return profiled(pool.cost, shape_name(model), hardware.name, pool.tp, where)
+    shape = shape_of(model)
     if pool.cost is None:
         return Roofline(shape, hardware, pool.tp, pool.pp)
     found = tables(pool.cost.system or pool.hardware) if tables is not None else None

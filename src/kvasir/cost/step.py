@@ -18,6 +18,7 @@ is a quadratic.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,38 +116,53 @@ class StepModel:
 
 
 class Fitted(StepModel):
-    """Step time from measured constants (`FittedCost`).
+    """Step time from measured constants: the formula stands at `FittedCost`.
 
-    seconds = overhead + per_token * new tokens + per_attention * sum over prefill rows of the
-    positions that their new tokens attend to + per_context * sum of the decode rows' contexts.
+    A prompt's `new * context` is the number of pairs of a new token and a position it attends to.
     Raises ConfigError when a decode step would take no time.
     """
 
     def __init__(self, fitted: FittedCost) -> None:
         super().__init__()
-        if fitted.overhead_s + fitted.per_token_s <= 0:
-            raise ConfigError(
-                "a fitted cost has overhead_s 0 and per_token_s 0: steps would take no time",
-                next_step="give at least one of them",
-            )
         self._overhead_s = fitted.overhead_s
         self._per_token_s = fitted.per_token_s
         self._per_attention_s = fitted.per_attention_s
         self._per_context_s = fitted.per_context_s
+        self._per_row_s = fitted.per_row_s
+        self._per_prompt_context_s = fitted.per_prompt_context_s
+        self._knots = [tokens for tokens, _ in fitted.curve]
+        self._curve = [seconds for _, seconds in fitted.curve]
+        if self._line(1).base_s <= 0:
+            raise ConfigError(
+                "a fitted cost has overhead_s 0 and per_token_s 0: steps would take no time",
+                next_step="give at least one of them, or a curve",
+            )
 
     def batch(self, rows: Sequence[Row]) -> float:
         """As `StepModel.batch`."""
         work = work_of(rows)
         return (
-            self._overhead_s
-            + self._per_token_s * work.new_tokens
+            self._tokens_s(work.new_tokens)
+            + self._per_row_s * len(rows)
             + self._per_context_s * work.decode_context
             + self._per_attention_s * work.prefill_pairs
+            + self._per_prompt_context_s * work.prefill_context
         )
 
     def _line(self, batch_size: int) -> DecodeLine:
-        base_s = self._overhead_s + self._per_token_s * batch_size
+        base_s = self._tokens_s(batch_size) + self._per_row_s * batch_size
         return DecodeLine(base_s, self._per_context_s)
+
+    def _tokens_s(self, tokens: int) -> float:
+        seconds = self._overhead_s + self._per_token_s * tokens
+        if not self._knots:
+            return seconds
+        at = min(bisect_left(self._knots, tokens), len(self._knots) - 1)
+        if at == 0:
+            return seconds + self._curve[0]
+        low, high = self._knots[at - 1], self._knots[at]
+        slope = (self._curve[at] - self._curve[at - 1]) / (high - low)
+        return seconds + self._curve[at - 1] + slope * (tokens - low)
 
 
 class Roofline(StepModel):

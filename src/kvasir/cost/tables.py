@@ -15,7 +15,7 @@ import math
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -54,6 +54,29 @@ class Part(NamedTuple):
 
     operator: str
     source: Source
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """Shares of some seconds by how they were found, 1 in all.
+
+    `measured`: operators of these very sizes, as many tokens as were measured; `interpolated`:
+    between measured sizes; `outside`: beyond measured sizes or tokens, or scaled from other sizes;
+    `roofline`: from data sheets.
+    """
+
+    measured: float
+    interpolated: float
+    outside: float
+    roofline: float
+
+
+def shares_of(times: Iterable[tuple[float, Source]]) -> Shares:
+    """Shares of seconds that were found so. All roofline when there are none."""
+    seconds = [0.0] * len(Source)
+    for s, source in times:
+        seconds[source] += s
+    whole = math.fsum(seconds)
+    return Shares(*(s / whole for s in seconds)) if whole else Shares(0.0, 0.0, 0.0, 1.0)
 
 
 class Table(msgspec.Struct, frozen=True, array_like=True):

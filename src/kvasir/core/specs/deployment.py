@@ -1,14 +1,17 @@
-"""`kvasir.yaml`: models, hardware, topology, pools, policy, slo, transport, limits, workload."""
+"""`kvasir.yaml`: models, hardware, topology, pools, policy, slo, transport, limits, workload,
+faults."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from kvasir.core.errors import ConfigError, nearest
-from kvasir.core.specs.base import Spec
+from kvasir.core.specs.base import Spec, wrong
+from kvasir.core.specs.faults import FaultSpec
 from kvasir.core.specs.hardware import HARDWARE, HardwareSpec
 from kvasir.core.specs.model import ModelShape
 from kvasir.core.specs.slo import SloSpec
@@ -16,6 +19,8 @@ from kvasir.core.specs.topology import TopologySpec
 from kvasir.core.specs.workload import WorkloadSpec
 
 Role = Literal["prefill", "decode", "mixed"]
+TransferMode = Literal["streamed", "serial", "pull"]
+CurvePoint = tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]]
 
 
 class ModelSpec(Spec):
@@ -29,16 +34,32 @@ class ModelSpec(Spec):
 
 
 class FittedCost(Spec):
-    """Step time from measured constants, seconds.
+    """Step time from measured constants, seconds (`kvasir measure engine` fits them).
 
-    step = overhead + per_token * new tokens + per_attention * sum(new * context)
-           + per_context * sum(context of decode rows)
+    step = overhead + per_token * new tokens + curve(new tokens) + per_row * sequences
+           + per_attention * sum over prompts (new * context)
+           + per_prompt_context * sum over prompts (positions held afterwards)
+           + per_context * sum over decoding sequences (context)
+
+    `curve`: pairs of new tokens and seconds, for engines whose time is not a line in them; straight
+    between two pairs, constant before the first, on at the last slope after the last.
     """
 
     overhead_s: float = Field(default=0.002, ge=0)
     per_token_s: float = Field(default=20e-6, ge=0)
     per_attention_s: float = Field(default=0.0, ge=0)
     per_context_s: float = Field(default=0.0, ge=0)
+    per_row_s: float = Field(default=0.0, ge=0)
+    per_prompt_context_s: float = Field(default=0.0, ge=0)
+    curve: tuple[CurvePoint, ...] = ()
+
+    @field_validator("curve")
+    @classmethod
+    def _grows(cls, curve: tuple[CurvePoint, ...]) -> tuple[CurvePoint, ...]:
+        for before, after in pairwise(curve):
+            if after[0] <= before[0] or after[1] < before[1]:
+                raise ValueError(f"curve: {list(after)} after {list(before)}; both must grow")
+        return curve
 
 
 class MeasuredCost(Spec):
@@ -61,8 +82,65 @@ class MeasuredCost(Spec):
     asynchronous: bool = True
 
 
+class ProfileCost(Spec):
+    """Step time from a profile of whole iterations (`cost: splitwise`, `cost: distserve`).
+
+    `source` names who published it; the pool's model, hardware and tp choose the profile. Without
+    one, `prefill` are pairs of a batch's new tokens and seconds, `decode` of its sequences and
+    seconds: straight between two pairs, on at the outer slopes. A step with prompts and decoding
+    sequences takes `mixed` times what all its tokens would take as prompts (1.1: Splitwise's
+    figure; DistServe's fits have no such factor).
+    """
+
+    kind: Literal["profile"] = "profile"
+    source: Literal["splitwise", "distserve"] | None = None
+    prefill: tuple[CurvePoint, ...] = ()
+    decode: tuple[CurvePoint, ...] = ()
+    mixed: float = Field(default=1.1, ge=1)
+
+    @field_validator("prefill", "decode")
+    @classmethod
+    def _takes_time(cls, curve: tuple[CurvePoint, ...]) -> tuple[CurvePoint, ...]:
+        if not curve:
+            return curve
+        if len(curve) < 2 or any(b[0] <= a[0] for a, b in pairwise(curve)):
+            raise ValueError("give two pairs or more, by growing count")
+        (x, y), (x2, y2) = curve[:2]
+        falls = curve[-1][1] < curve[-2][1]
+        if falls or any(s <= 0 for _, s in curve) or y - (y2 - y) / (x2 - x) * (x - 1) <= 0:
+            raise ValueError("a step would take no time: seconds at 1 and beyond the last pair")
+        return curve
+
+    @model_validator(mode="after")
+    def _one_profile(self) -> ProfileCost:
+        curves = bool(self.prefill), bool(self.decode)
+        if any(curves) if self.source else not all(curves):
+            raise ValueError("give either `source`, or both `prefill` and `decode`")
+        return self
+
+
+def _cost_class(value: object) -> str:
+    """Which cost is meant, by `kind` or by its keys; so that a wrong key is told of one cost."""
+    if not isinstance(value, dict):
+        return type(value).__name__
+    kinds: tuple[type[Spec], ...] = (FittedCost, MeasuredCost, ProfileCost)
+    for cost in kinds[1:]:
+        if value.get("kind") == cost.model_fields["kind"].default:
+            return cost.__name__
+    return max(kinds, key=lambda cost: len(value.keys() & cost.model_fields.keys())).__name__
+
+
+Cost = Annotated[
+    Annotated[FittedCost, Tag("FittedCost")]
+    | Annotated[MeasuredCost, Tag("MeasuredCost")]
+    | Annotated[ProfileCost, Tag("ProfileCost")],
+    Discriminator(_cost_class),
+]
+
+
 class PoolSpec(Spec):
-    """`count` equal instances of `tp` x `pp` accelerators. `racks` limits where they may stand."""
+    """`count` equal instances of `tp` x `pp` accelerators. `racks` or `nodes` (by the topology's
+    names: `node-0`, or those that it lists) limit where they may stand."""
 
     name: str
     role: Role
@@ -72,17 +150,28 @@ class PoolSpec(Spec):
     tp: int = Field(default=1, gt=0)
     pp: int = Field(default=1, gt=0)
     racks: tuple[int, ...] | None = None
+    nodes: tuple[str, ...] | None = None
     batch_max: int = Field(default=256, gt=0)
     batch_tokens_max: int = Field(default=8192, gt=0)
     waiting_max: int = Field(default=4096, gt=0)
     kv_blocks: int | None = Field(default=None, gt=0)
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
-    cost: FittedCost | MeasuredCost | None = None
+    cost: Cost | None = None
 
     @field_validator("cost", mode="before")
     @classmethod
-    def _measured_by_name(cls, value: object) -> object:
-        return MeasuredCost() if value == "measured" else value
+    def _cost_by_name(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value not in ("measured", "splitwise", "distserve"):
+            raise ValueError("by name there are measured, splitwise and distserve")
+        return MeasuredCost() if value == "measured" else {"source": value}
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> PoolSpec:
+        if self.racks is not None and self.nodes is not None:
+            raise wrong("give racks or nodes, not both", "nodes")
+        return self
 
     @property
     def gpus(self) -> int:
@@ -147,9 +236,17 @@ class PolicySpec(Spec):
 
 
 class TransportSpec(Spec):
-    """How KV bytes travel. `bytes_per_s_max` throttles each sender (None: not at all)."""
+    """How KV bytes travel. `bytes_per_s_max` throttles each sender (None: not at all).
+
+    `mode`: `streamed` sends layer by layer while prefill computes, `serial` when it is over, `pull`
+    too, and only when the decode side asks under DistServe's rule; it needs `decode_choice:
+    prefill_end`. A prompt of less than `serial_tokens` is sent serially in any mode (Splitwise: 512
+    on H100), as a copy per layer costs more than it hides. See `policy/handover.py`.
+    """
 
     kind: Literal["shm", "tcp"] = "shm"
+    mode: TransferMode = "streamed"
+    serial_tokens: int = Field(default=0, ge=0)
     bytes_per_s_max: float | None = Field(default=None, gt=0)
     frame_bytes_max: int = Field(default=4 * 1024 * 1024, gt=0)
 
@@ -171,6 +268,17 @@ class LimitsSpec(Spec):
     message_bytes_max: int = Field(default=64 * 1024 * 1024, gt=0)
 
 
+class HostSpec(Spec):
+    """What hosts add to a request, for the simulator: a live cluster has its own.
+
+    `request_s`: from a client's send to the gateway's first decision and from its first token back
+    to the client, together: HTTP, parsing, tokenising, the event's write and read. `bench/twin.py`
+    measures it. What a host adds to each step is `overhead_s` of the pool's cost.
+    """
+
+    request_s: float = Field(default=0.0, ge=0)
+
+
 class Deployment(Spec):
     """One file for everything. Validated whole before anything starts, then frozen."""
 
@@ -183,7 +291,9 @@ class Deployment(Spec):
     slo: SloSpec = SloSpec()
     transport: TransportSpec = TransportSpec()
     limits: LimitsSpec = LimitsSpec()
+    host: HostSpec = HostSpec()
     workload: WorkloadSpec = WorkloadSpec()
+    faults: FaultSpec | None = None
     engine: Literal["torch", "fake"] = "torch"
     block_size: int = Field(default=16, gt=0)
     first_token: Literal["prefill", "decode"] = "prefill"
@@ -200,6 +310,9 @@ class Deployment(Spec):
         roles = {p.role for p in self.pools}
         if roles in ({"prefill"}, {"decode"}):
             raise ValueError(f"pools: only {roles.pop()} workers; add the other role, or use mixed")
+        if self.transport.mode == "pull" and self.policy.route.decode_choice != "prefill_end":
+            what = "pull chooses the decode worker after prefill: needs decode_choice: prefill_end"
+            raise wrong(what, "transport", "mode")
         return self
 
     def hardware_of(self, pool: PoolSpec) -> HardwareSpec:

@@ -18,9 +18,10 @@ from pydantic_core import ErrorDetails
 
 from kvasir.core.errors import ConfigError, nearest
 from kvasir.core.specs.base import Spec
-from kvasir.core.specs.deployment import Deployment
+from kvasir.core.specs.deployment import Deployment, MeasuredCost
+from kvasir.core.specs.faults import CrossTraffic
 from kvasir.core.specs.model import ModelShape
-from kvasir.core.units import parse_bytes, parse_seconds
+from kvasir.core.units import parse_bytes, parse_rate, parse_seconds
 
 TEXT_CHARS_MAX: Final = 1024 * 1024
 NODES_MAX: Final = 50_000
@@ -28,9 +29,10 @@ DEPTH_MAX: Final = 24
 
 Path = tuple[str | int, ...]
 
-_BOOLEANS: Final = {k for k, f in ModelShape.model_fields.items() if f.annotation is bool}
-_BITS: Final = re.compile(r"^\s*([0-9.eE+-]+)\s*([kKMGT]?)b(?:it)?(?:/s|ps)\s*$")
-_PER_SECOND: Final = re.compile(r"\s*(?:/\s*s|ps)\s*$")
+_BOOLEANS: Final = {
+    k for spec in (ModelShape, MeasuredCost, CrossTraffic) for k, f in spec.model_fields.items()
+    if f.annotation is bool
+}  # fmt: skip
 _POOL_REFERENCE: Final = re.compile(r"^pools\.(?P<pool>.+): (?P<key>hardware|model) ")
 
 
@@ -213,19 +215,14 @@ def _unit_of(key: str) -> Literal["", "bytes", "rate", "seconds"]:
         return "rate"
     if "bytes" in key.split("_"):
         return "bytes"
-    return "seconds" if key.endswith("_s") else ""
+    return "seconds" if "s" in key.split("_") else ""
 
 
 def _with_unit(key: str, text: str) -> float:
     unit = _unit_of(key)
     if unit == "seconds":
         return parse_seconds(text)
-    if unit == "bytes":
-        return parse_bytes(text)
-    bits = _BITS.match(text)
-    if bits:
-        return parse_bytes(f"{bits.group(1)}{bits.group(2)}B") / 8
-    return parse_bytes(_PER_SECOND.sub("", text))
+    return parse_bytes(text) if unit == "bytes" else parse_rate(text)
 
 
 def _convert(value: Any, path: Path, source: _Source) -> Any:
@@ -273,11 +270,11 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> list[_Problem]:
 
 def _problem(error: ErrorDetails, data: dict[str, Any]) -> _Problem:
     path = _path_in(error["loc"], data)
-    spec, annotation = _typed(path)
+    spec, annotation = _typed(path, error["loc"])
     shown = _dotted(path) or "the deployment"
     match error["type"]:
         case "extra_forbidden":
-            owner = _typed(path[:-1])[0] or Deployment
+            owner = _typed(path[:-1], error["loc"])[0] or Deployment
             near = _near_key(path, owner)
             return _Problem(path, f"{shown} is not a known key", near, _SCHEMA, rank=0)
         case "missing":
@@ -287,11 +284,15 @@ def _problem(error: ErrorDetails, data: dict[str, Any]) -> _Problem:
             choices = [str(c) for c in _choices(annotation)]
             what = f"{shown} is {_short(error['input'])}, not one of {', '.join(choices)}"
             return _Problem(path, what, nearest(str(error["input"]), choices))
+        case "spec":
+            inside = error["ctx"]
+            path = (*path, *inside["path"])
+            return _Problem(path, f"{_dotted(path)}: {inside['what']}", inside["near"])
         case "value_error" if not path:
             return _reference(error["msg"].removeprefix("Value error, "), data)
     if error["input"] is None:
         return _Problem(path, f"{shown} is empty; give it a value or remove the key")
-    if spec is not None and not isinstance(error["input"], dict):
+    if spec is not None and not isinstance(error["input"], dict) and error["type"] != "value_error":
         return _Problem(path, f"{shown} is {_short(error['input'])}, not a set of `key: value`")
     return _Problem(path, f"{shown} is {_short(error['input'])}: {_plain(error['msg'])}")
 
@@ -308,8 +309,13 @@ def _path_in(loc: tuple[str | int, ...], data: Any) -> Path:
     return tuple(path)
 
 
-def _typed(path: Path) -> tuple[type[Spec] | None, Any]:
-    """The spec class at a path (None for a scalar) and the annotation there."""
+def _typed(
+    path: Path, loc: tuple[str | int, ...] = ()
+) -> tuple[type[Spec] | None, Any]:
+    """The spec class at a path (None for a scalar) and the annotation there.
+
+    Of several classes the one that pydantic's location names, else the first.
+    """
     spec: type[Spec] | None = Deployment
     annotation: Any = Deployment
     for step in path:
@@ -318,7 +324,8 @@ def _typed(path: Path) -> tuple[type[Spec] | None, Any]:
             if found is None:
                 return None, None
             annotation = found.annotation
-        spec = next(_spec_classes(annotation), None)
+        classes = list(_spec_classes(annotation))
+        spec = next((c for c in classes if c.__name__ in loc), classes[0] if classes else None)
     return spec, annotation
 
 
