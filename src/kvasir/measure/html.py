@@ -1,7 +1,8 @@
 """A run as one HTML page that needs nothing else: no script, no font, no address but its own.
 
-Charts are SVG made here; colours follow the reader's light or dark theme. Knows summaries and
-outcomes, not which world they came from.
+Lays out what `charts` drew; colours follow the reader's light or dark theme, and every chart has a
+sentence and a table for readers who do not see it. Knows summaries and outcomes, not which world
+they came from.
 """
 
 from __future__ import annotations
@@ -11,189 +12,155 @@ from collections.abc import Sequence
 from html import escape
 from typing import Final, NamedTuple
 
-from kvasir.core.units import show_bytes
-from kvasir.measure.distribution import distribution
-from kvasir.measure.summary import RequestOutcome, SloReport, Summary, good
+from kvasir.core.units import show_bytes, show_seconds
+from kvasir.measure import svg
+from kvasir.measure.charts import PARTS, charts, parts_s
+from kvasir.measure.detail import Detail
+from kvasir.measure.summary import RequestOutcome, Summary, split_of
+from kvasir.measure.svg import Chart
 from kvasir.measure.tables import table
 
-WIDTH, HEIGHT, MARGIN = 720, 180, 44
-WINDOWS: Final = 60
 WORST: Final = 10
-PARTS: Final = ("queue", "prefill", "transfer", "first step", "other")
+WHY_CHARS_MAX: Final = 600
 STYLE: Final = """
-:root{--ink:#1c2430;--dim:#6b7686;--line:#d9dee6;--page:#fff;--a:#2f6fdb;--b:#d9822b;--c:#3a9d6e;
---d:#8a5cc2;--e:#98a2b3}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaf0;--dim:#98a2b3;--line:#323b49;--page:#141a22}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:2rem auto;
-max-width:760px;padding:0 1rem}
-h1{font-size:1.4rem}h2{font-size:1.05rem;margin:2rem 0 .3rem}p{color:var(--dim);margin:.2rem 0}
-svg{width:100%;height:auto}text{fill:var(--dim);font-size:11px}.axis{stroke:var(--line)}
-table{border-collapse:collapse;width:100%;font-size:13px}td,th{text-align:left;padding:.25rem .5rem;
-border-bottom:1px solid var(--line);vertical-align:top}td.n{text-align:right;white-space:nowrap}
-pre{font-size:12px;overflow:auto}
+:root{color-scheme:light dark}*{box-sizing:border-box}
+body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}
+main{max-width:860px;margin:0 auto;padding:2rem 1rem 4rem}
+h1{font-size:1.5rem;margin:0 0 .25rem;letter-spacing:-.01em}
+h2{font-size:1.02rem;margin:0 0 .25rem}p{color:var(--dim);margin:.15rem 0;max-width:74ch}
+section{background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:1rem 1.1rem;margin:1rem 0}
+svg{display:block;width:100%;min-width:600px;height:auto;margin-top:.5rem}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.7rem;margin:1.2rem 0}
+dl div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.6rem .8rem}
+dt{color:var(--dim);font-size:.8rem}dd{margin:0;font-size:1.25rem;font-variant-numeric:tabular-nums}
+dd small{display:block;font-size:.76rem;color:var(--dim)}
+details{margin-top:.6rem}summary{cursor:pointer;color:var(--dim);font-size:.85rem}
+.x{overflow-x:auto}:focus-visible{outline:2px solid var(--s1);outline-offset:2px}
+table{border-collapse:collapse;width:100%;font-size:.82rem;font-variant-numeric:tabular-nums}
+td,th{text-align:right;padding:.28rem .5rem;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--dim);font-weight:600}td:first-child,th:first-child{text-align:left}
+.y td{text-align:left;white-space:normal;color:var(--dim);padding-top:0}
+.v td,.v th{border-bottom:0}pre{font-size:.78rem;overflow:auto;margin:0}
+@media print{section{break-inside:avoid}}
 """
 
 
-class Window(NamedTuple):
-    """Requests that were sent within one stretch of the run."""
-
-    at_s: float
-    ttft_p50_s: float
-    ttft_p90_s: float
-    attained: float
+class Tile(NamedTuple):
+    name: str
+    value: str
+    more: str = ""
 
 
 def page(
-    title: str, summary: Summary, outcomes: Sequence[RequestOutcome], notes: Sequence[str] = ()
+    title: str,
+    summary: Summary,
+    outcomes: Sequence[RequestOutcome],
+    notes: Sequence[str] = (),
+    detail: Detail | None = None,
 ) -> str:
-    """The whole page, UTF-8 text. `outcomes` need `start_s` for the charts over time."""
-    windows = _windows(outcomes, summary)
-    parts = [
+    """The whole page, UTF-8 text. `detail` adds link heat and the ITL distribution."""
+    body = [
         f"<h1>{escape(title)}</h1>",
         *(f"<p>{escape(note)}</p>" for note in notes),
-        _headline(summary),
-        *_over_time(windows),
-        _split(summary),
-        _tiers(summary),
-        _worst(outcomes),
-        f"<h2>All figures</h2><pre>{escape(table(summary))}</pre>",
+        _tiles(summary),
+        *(_section(chart) for chart in charts(summary, outcomes, detail)),
+        _moved(summary),
+        _worst(outcomes, summary.first_token),
+        f'<section><h2>All figures</h2><pre tabindex="0">{escape(table(summary))}</pre></section>',
     ]
-    body = "\n".join(part for part in parts if part)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-        f"<body>{body}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{svg.COLOURS}{svg.SHAPES}{STYLE}</style></head>"
+        f'<body class="k"><main>{"".join(body)}</main></body></html>\n'
     )
 
 
-def _headline(s: Summary) -> str:
-    words = [f"{s.completed} requests served, {s.failed} failed in {s.duration_s:.0f} s."]
+# --- parts of the page ----------------------------------------------------------------------------
+
+
+def _tiles(s: Summary) -> str:
+    tiles = [Tile("requests served", f"{s.completed:,}", f"{s.failed:,} failed")]
     if s.slo is not None:
-        words.append(
-            f"{100 * s.slo.attainment:.1f} % met TTFT &le; {s.slo.ttft_s:g} s and "
-            f"TPOT &le; {s.slo.tpot_s * 1e3:g} ms: {s.goodput or 0:.2f} good requests a second."
-        )
-    words.append(f"{100 * s.cache_hit_ratio:.1f} % of the prompt tokens came from cache.")
-    return f"<p>{' '.join(words)}</p>"
+        limits = f"TTFT ≤ {s.slo.ttft_s:g} s, TPOT ≤ {s.slo.tpot_s * 1e3:g} ms"
+        tiles.append(Tile("met the SLO", f"{100 * s.slo.attainment:.1f} %", limits))
+        per_gpu = f"{s.goodput_per_gpu:.3f} per GPU" if s.goodput_per_gpu is not None else ""
+        tiles.append(Tile("goodput", f"{s.goodput or 0.0:.2f} req/s", per_gpu))
+    for name, dist in (("TTFT", s.ttft), ("TPOT", s.tpot), ("ITL", s.itl)):
+        tail = ", ".join(f"p{p:g} {show_seconds(v)}" for p, v in dist.percentiles)
+        tiles.append(Tile(f"{name}, median", show_seconds(dist.median_s), tail))
+    hit = f"{100 * s.cache_hit_ratio:.1f} %"
+    tiles.append(Tile("prompt tokens from cache", hit, f"{s.cached_tokens:,} tokens"))
+    seconds = f"in {s.duration_s:.0f} s"
+    tiles.append(Tile("tokens out", f"{s.per_second(s.output_tokens):,.0f} /s", seconds))
+    cells = (
+        f"<div><dt>{escape(t.name)}</dt><dd>{escape(t.value)} <small>{escape(t.more)}</small>"
+        "</dd></div>"
+        for t in tiles
+    )
+    return f"<dl>{''.join(cells)}</dl>"
 
 
-def _windows(outcomes: Sequence[RequestOutcome], summary: Summary) -> list[Window]:
-    known = [o for o in outcomes if o.start_s is not None]
-    if not known or summary.duration_s <= 0:
-        return []
-    origin = min(o.start_s or 0.0 for o in known)
-    width = summary.duration_s / WINDOWS
-    bins: list[list[RequestOutcome]] = [[] for _ in range(WINDOWS)]
-    for o in known:
-        bins[min(int(((o.start_s or 0.0) - origin) / width), WINDOWS - 1)].append(o)
-    found = []
-    for i, inside in enumerate(bins):
-        done = [o.ttft_s for o in inside if o.ok]
-        if done:
-            dist = distribution(done, (90.0,))
-            attained = _attained(inside, summary.slo)
-            found.append(
-                Window((i + 0.5) * width, dist.median_s, dist.percentiles[0][1], attained)
-            )
-    return found
+def _section(chart: Chart) -> str:
+    numbers = _table(chart.title, chart.head, chart.rows)
+    return (
+        f"<section><h2>{escape(chart.title)}</h2><p>{escape(chart.says)}</p>"
+        f"{_scrolls(f'{chart.title}, drawn', chart.inline())}"
+        f"<details><summary>The numbers</summary>{numbers}</details></section>"
+    )
 
 
-def _attained(inside: Sequence[RequestOutcome], slo: SloReport | None) -> float:
-    if slo is None:
-        return 0.0
-    return sum(o.ok and good(o, slo) for o in inside) / len(inside)
+def _table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return _scrolls(label, f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def _over_time(windows: Sequence[Window]) -> list[str]:
-    if len(windows) < 2:
-        return []
-    times = [w.at_s for w in windows]
-    ttft = _lines(
-        times,
-        [("p50", "--a", [w.ttft_p50_s for w in windows]),
-         ("p90", "--b", [w.ttft_p90_s for w in windows])],
-        "s",
-    )  # fmt: skip
-    met = _lines(times, [("good", "--c", [100 * w.attained for w in windows])], "%")
-    return [
-        "<h2>Time to first token</h2><p>by the time a request was sent, seconds</p>" + ttft,
-        "<h2>SLO attainment</h2><p>share of requests within all limits</p>" + met,
-    ]
+def _scrolls(label: str, inside: str) -> str:
+    """What may be wider than the page, for wheel, finger and arrow keys."""
+    opened = f'<div class="x" role="region" tabindex="0" aria-label="{escape(label)}">'
+    return f"{opened}{inside}</div>"
 
 
-def _lines(xs: Sequence[float], series: Sequence[tuple[str, str, list[float]]], unit: str) -> str:
-    top = max(max(values) for _, _, values in series) or 1.0
-    left, right = xs[0], xs[-1]
-
-    def place(x: float, y: float) -> str:
-        px = MARGIN + (x - left) / (right - left) * (WIDTH - MARGIN - 8)
-        return f"{px:.1f},{HEIGHT - 22 - y / top * (HEIGHT - 34):.1f}"
-
-    shapes = [
-        f'<line class="axis" x1="{MARGIN}" y1="{HEIGHT - 22}" x2="{WIDTH}" y2="{HEIGHT - 22}"/>',
-        f'<text x="4" y="18">{top:.3g} {unit}</text><text x="4" y="{HEIGHT - 24}">0</text>',
-        f'<text x="{MARGIN}" y="{HEIGHT - 6}">{left:.0f} s</text>',
-        f'<text x="{WIDTH - 50}" y="{HEIGHT - 6}">{right:.0f} s</text>',
-    ]
-    for i, (name, colour, values) in enumerate(series):
-        points = " ".join(place(x, y) for x, y in zip(xs, values, strict=True))
-        shapes.append(
-            f'<polyline points="{points}" fill="none" stroke="var({colour})" stroke-width="1.6"/>'
-            f'<text x="{WIDTH - 50 - 60 * i}" y="14" style="fill:var({colour})">{name}</text>'
-        )
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(shapes)}</svg>'
-
-
-def _split(s: Summary) -> str:
-    if s.split is None:
-        return ""
-    p = s.split
-    late = s.first_token == "prefill"
-    values = [p.queue_s, p.prefill_s, 0.0 if late else p.transfer_s,
-              0.0 if late else p.first_step_s, max(p.other_s, 0.0)]  # fmt: skip
-    bars = _stack(values, PARTS)
-    return f"<h2>Parts of the mean time to first token</h2>{bars}"
-
-
-def _stack(values: Sequence[float], names: Sequence[str]) -> str:
-    total = sum(values) or 1.0
-    shapes, x = [], 0.0
-    for i, (value, name) in enumerate(zip(values, names, strict=True)):
-        width = value / total * WIDTH
-        colour = "abcde"[i % 5]
-        shapes.append(
-            f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="26" fill="var(--{colour})"/>'
-            f'<text x="{i * 144}" y="46" style="fill:var(--{colour})">'
-            f"{name} {value * 1e3:.1f} ms</text>"
-        )
-        x += width
-    return f'<svg viewBox="0 0 {WIDTH} 54" role="img">{"".join(shapes)}</svg>'
-
-
-def _tiers(s: Summary) -> str:
+def _moved(s: Summary) -> str:
     if not any(s.bytes_by_tier.values()):
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(tier)}</td><td class="n">{show_bytes(count)}</td></tr>'
-        for tier, count in s.bytes_by_tier.items()
-    )
-    return f"<h2>KV moved, by network tier</h2><table>{rows}</table>"
+    rows = [(tier, show_bytes(count)) for tier, count in s.bytes_by_tier.items()]
+    title = "KV moved, by network tier"
+    return f"<section><h2>{title}</h2>{_table(title, ('tier', 'moved'), rows)}</section>"
 
 
-def _worst(outcomes: Sequence[RequestOutcome]) -> str:
+def _worst(outcomes: Sequence[RequestOutcome], first_token: str) -> str:
     worst = heapq.nlargest(WORST, outcomes, key=lambda o: (o.ttft_s, o.request_id))
     if not worst:
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(o.request_id)}</td><td class="n">{o.ttft_s:.2f} s</td>'
-        f'<td class="n">{o.prompt_tokens}</td><td class="n">{o.cached_tokens}</td>'
-        f'<td class="n">{_seconds(o.queue_s)}</td><td class="n">{_seconds(o.prefill_s)}</td>'
-        f'<td class="n">{_seconds(o.transfer_s)}</td><td>{escape(o.why or o.error)}</td></tr>'
-        for o in worst
+    head = ("request", "sent", "TTFT", "prompt", "cached", "attempts", *PARTS)
+    top = "".join(f'<th scope="col">{name}</th>' for name in head)
+    body = "".join(_waited(o, first_token, len(head)) for o in worst)
+    return (
+        "<section><h2>The ten longest waits, and why</h2><p>Times in seconds. Below each: what the "
+        "router said when it chose, and what happened to attempts that were lost.</p>"
+        + _scrolls("The ten longest waits", f"<table><thead><tr>{top}</tr></thead>{body}</table>")
+        + "</section>"
     )
-    head = "<tr><th>request<th>TTFT<th>prompt<th>cached<th>queue<th>prefill<th>transfer<th>why</tr>"
-    return f"<h2>The ten longest waits</h2><table>{head}{rows}</table>"
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} s"
+def _waited(o: RequestOutcome, first_token: str, columns: int) -> str:
+    split = split_of([o], first_token)
+    parts = ["-"] * len(PARTS)
+    if split is not None:
+        parts = [f"{v:.2f}" for v in parts_s(split, first_token)]
+    sent = "-" if o.start_s is None else f"{o.start_s:.1f}"
+    cells = [sent, f"{o.ttft_s:.2f}", f"{o.prompt_tokens:,}", f"{o.cached_tokens:,}",
+             f"{o.attempts}", *parts]  # fmt: skip
+    why = "; ".join(word for word in (o.error and f"failed: {o.error}", o.why) if word)
+    if len(why) > WHY_CHARS_MAX:
+        why = why[: WHY_CHARS_MAX - 1] + "…"
+    return (
+        f'<tr class="v"><th scope="row">{escape(o.request_id)}</th>'
+        f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        f'<tr class="y"><td colspan="{columns}">{escape(why)}</td></tr>'
+    )

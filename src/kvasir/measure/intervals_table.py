@@ -32,20 +32,23 @@ QUANTITIES = (
 def intervals_table(runs: Mapping[str, Sequence[Summary]]) -> str:
     """One block a quantity. `runs` by policy, seeds in the same order; the first is the base.
 
-    "*" marks a difference whose interval does not hold zero.
+    "*" marks a difference whose interval does not hold zero. One seed: figures without intervals.
     """
     base_name = next(iter(runs))
     count = len(runs[base_name])
     if count < 2:
-        return "one seed: no intervals (--seeds 3 gives them)"
-    head = f"{'':<{LABEL}}{'mean of ' + str(count) + ' seeds':>{COLUMN}}"
-    lines = [f"95 % intervals; differences are paired by seed with {base_name}", ""]
+        head, mean = "one seed: no intervals (--seeds 3 gives them)", "one seed"
+    else:
+        head = f"95 % intervals; differences are paired by seed with {base_name}"
+        mean = f"mean of {count} seeds"
+    width = max(LABEL, max(map(len, runs)) + 4)
+    lines = [head, ""]
     for label, of in QUANTITIES:
         base = [of(s) for s in runs[base_name]]
-        lines.append(f"{label:<{LABEL}}{head[LABEL:]}{'difference':>{COLUMN}}")
+        lines.append(f"{label:<{width}}{mean:>{COLUMN}}{'difference':>{COLUMN}}")
         for name, summaries in runs.items():
             values = [of(s) for s in summaries]
-            row = f"  {name:<{LABEL - 2}}{_shown(interval(values)):>{COLUMN}}"
+            row = f"  {name:<{width - 2}}{_shown(interval(values)):>{COLUMN}}"
             if name != base_name:
                 row += f"{_shown(paired(values, base), mark=True):>{COLUMN}}"
             lines.append(row)
@@ -53,5 +56,7 @@ def intervals_table(runs: Mapping[str, Sequence[Summary]]) -> str:
 
 
 def _shown(found: Interval, *, mark: bool = False) -> str:
+    if found.half is None:
+        return f"{found.mean:.2f}"
     star = " *" if mark and found.apart else ""
-    return f"{found.mean:.2f} +- {found.half or 0.0:.2f}{star}"
+    return f"{found.mean:.2f} +- {found.half:.2f}{star}"

@@ -112,7 +112,7 @@ class ItlRuns:
         are expanded and sorted.
         """
         edges = self._edges()
-        totals = self._bin_totals(edges)
+        totals = self.bin_totals(edges)
         found: dict[int, float] = {}
         before = 0
         for index, total in enumerate(totals):
@@ -130,8 +130,8 @@ class ItlRuns:
         stride = max(1, len(values) // EDGES_MAX)
         return sorted(set(values[stride::stride]))
 
-    def _bin_totals(self, edges: list[float]) -> list[int]:
-        """Samples in each bin; bin i holds edges[i - 1] <= value < edges[i]."""
+    def bin_totals(self, edges: list[float]) -> list[int]:
+        """Samples in each bin of increasing edges; bin i holds edges[i - 1] <= value < edges[i]."""
         totals = [0] * (len(edges) + 1)
         columns = zip(self._first, self._last, self._count, self._times, strict=True)
         for first, last, length, times in columns:
@@ -146,7 +146,7 @@ class ItlRuns:
         return totals
 
     def _expand(self, edges: list[float], index: int) -> list[tuple[float, int]]:
-        """(value, times) of the samples in one bin, cut exactly as `_bin_totals` cuts."""
+        """(value, times) of the samples in one bin, cut exactly as `bin_totals` cuts."""
         samples: list[tuple[float, int]] = []
         columns = zip(self._first, self._last, self._count, self._times, strict=True)
         lowest = edges[index - 1] if index else -math.inf

@@ -233,8 +233,9 @@ async def fire(
     clock: Clock = time.perf_counter,
     sleep: Sleep = asyncio.sleep,
     on_end: Callable[[], None] = lambda: None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> Load:
-    """Send every shot and wait for all answers. `on_end` is called after each one.
+    """Send every shot and wait for all answers. `on_end` and `on_answer` are called after each.
 
     A request that fails is an outcome, not an exception. Raises ConfigError for a bad base URL, or
     for token ids to a chat endpoint, which takes only text.
@@ -249,6 +250,7 @@ async def fire(
     async def shoot(index: int, body: bytes) -> None:
         async with slots:
             answers[index] = await _ask(client, target, body, clock)
+        on_answer(answers[index])
         on_end()
 
     try:

@@ -26,7 +26,8 @@ ERRORS_MAX: Final = 10
 class RequestOutcome(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """What became of one request. Seconds and tokens; None is unknown, or does not apply.
 
-    `why` is the router's word on where it ran. `start_s` is when it was sent, on any clock that all
+    `why` is the router's word on where it ran, attempts that were lost included; the workers are
+    those of the last attempt. `start_s` is when it was sent, on any clock that all
     outcomes share. Without `tpot_s` the times and `output_tokens` give it. `transfer_s` is part of
     the TTFT when the decode side makes the first token; otherwise it shows in
     `second_token_delay_s`.
@@ -35,6 +36,9 @@ class RequestOutcome(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_d
     ok: bool
     request_id: str = ""
     why: str = ""
+    attempts: int = 1
+    prefill_worker: str = ""
+    decode_worker: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
@@ -171,7 +175,7 @@ def summarise(
         max_concurrency=max_concurrency,
         first_token=first_token,
         slo=_slo_report(done, len(everything), slo) if slo else None,
-        split=_split(done, first_token),
+        split=split_of(done, first_token),
         paths=dict(sorted(Counter(o.path for o in done if o.path).items())),
         bytes_by_tier=dict(bytes_by_tier or {}),
         gpus=gpus,
@@ -224,8 +228,10 @@ def _itl_p99(outcome: RequestOutcome) -> float:
     return outcome.itl_p99_s or 0.0
 
 
-def _split(done: Sequence[RequestOutcome], first_token: str) -> Split | None:
-    """A part that a reporting request does not name took no time; a delay of the second token is
+def split_of(done: Sequence[RequestOutcome], first_token: str) -> Split | None:
+    """Mean parts of the outcomes that know theirs; None when none does.
+
+    A part that a reporting request does not name took no time; a delay of the second token is
     averaged over those that had one."""
     known = [o for o in done if o.queue_s is not None]
     if not known:

@@ -1,4 +1,4 @@
-"""What a cache could do for a trace: prefix hits with zero service time.
+"""What a trace is like, and what a cache could do for it: prefix hits with zero service time.
 
 Every request looks up its leading blocks in one cache and leaves all its blocks in it at once;
 generated tokens are not kept. Cache and eviction policy are the very ones that workers use, so the
@@ -8,12 +8,21 @@ table says what they are worth, not what a model of them is.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
+from statistics import fmean, pstdev
 from typing import NamedTuple
 
 from kvasir.core.keys import trace_key
 from kvasir.kv.pool import BlockPool
 from kvasir.policy.evict import EVICTS
 from kvasir.traces.record import Arrival, Trace
+
+
+def gap_variation(trace: Trace) -> float | None:
+    """Coefficient of variation of the gaps between arrivals; None when there are too few."""
+    gaps = [b.at_s - a.at_s for a, b in pairwise(trace.arrivals)]
+    mean = fmean(gaps) if len(gaps) > 1 else 0.0
+    return pstdev(gaps, mean) / mean if mean > 0 else None
 
 
 class HitRow(NamedTuple):
