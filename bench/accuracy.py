@@ -1,13 +1,15 @@
 """How far the simulator is from measured servers: median and p90 absolute error of TTFT and TPOT.
 
-    python -m bench.accuracy [FILE] [--all] [--others N] [--holdout]
+    python -m bench.accuracy [FILE] [--all] [--others N] [--loo] [--aiconfigurator ANSWERS]
 
 Each row is simulated as it was measured: a closed loop of users on the row's deployment, by the
-same conductor and workers that serve live. The headline rows are those whose system, backend,
-precision and attention have measured tables; `--others` rows of the rest (drawn evenly) are shown
-by what they lack; `--all` takes every one. The constants around the tables (`Engine`, `FrontEnd`)
-were chosen on this file, so `--holdout` chooses them again without each (system, model) and prints
-the error on what was left out. The last line is JSON.
+same conductor and workers that serve live; vLLM's rows under `batch: vllm_v1`, whose error is shown
+beside that of `token_budget`. Headline 1 are the rows whose system, backend, precision and
+attention have measured tables. Headline 2 are all rows by what they lack: `--others` of the rest,
+drawn evenly, or every one with `--all`. The constants around the tables (`Engine`, `FrontEnd`) were
+chosen on this file, so `--loo` chooses them again without each (system, model) and prints the error
+on what was left out. `--aiconfigurator` puts the answers that bench/ask_aiconfigurator.py wrote
+beside ours. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.silicon import WAVES, Case, Group, read
+from bench.silicon import Case, Group, read
 from kvasir.core.errors import KvasirError
 from kvasir.core.specs import PoolSpec
 from kvasir.core.specs.deployment import MeasuredCost
@@ -35,24 +37,32 @@ from kvasir.world.sim.closed import simulate_closed
 FILE = Path("../shared/data/calibration/silicon/silicon_sample.csv.gz")
 GOALS = {"ttft": 0.12, "tpot": 0.08}
 REQUESTS_MIN, USERS_MAX = 160, 512
-HOLDOUT_USERS_MAX = 16
+LOO_ROWS, LOO_USERS_MAX = 120, 64
 
 
 class FrontEnd(NamedTuple):
-    """From a client to the engine and back.
+    """From a client to the engine and back: one constant a cause.
 
-    Client and server take requests in one after another (`serial_s` and `token_s` each: making,
-    sending, templates, tokenising), so users who start together wait for each other there.
+    `request_s`: HTTP, processes and sockets on the way. Client and server take requests in one
+    after another (`serial_s` and `token_s` each: making, sending, templates, tokenising), so users
+    who start together wait for each other there. Both are single event loops that also pass on the
+    tokens of all other streams, step by step, and a request and its first token wait for those:
+    `stream_s` for each user.
     """
 
-    request_s: float = 11e-3
+    request_s: float = 6e-3
     serial_s: float = 1.5e-3
     token_s: float = 6e-6
+    stream_s: float = 0.5e-3
 
     def one_s(self, case: Case) -> float:
         """The serial part of one request."""
         mean = case.input_tokens * (1 + case.length_min_share) / 2
         return self.serial_s + self.token_s * mean
+
+    def whole_s(self, case: Case) -> float:
+        """All of it while the others' streams run."""
+        return self.request_s + self.one_s(case) + self.stream_s * case.users
 
 
 class Constants(NamedTuple):
@@ -85,9 +95,8 @@ def model_of(case: Case, pool: PoolSpec, engine: Engine) -> Measured:
 def simulate(case: Case, constants: Constants) -> Times:
     """Means over the run. Of long runs only a part is simulated; the first wave, in which all
     users start together, keeps its share of the whole."""
-    serial_s = constants.front.one_s(case)
-    front_s = constants.front.request_s + serial_s
-    requests = min(WAVES * case.users, max(2 * case.users, REQUESTS_MIN))
+    serial_s, front_s = constants.front.one_s(case), constants.front.whole_s(case)
+    requests = min(case.waves * case.users, max(2 * case.users, REQUESTS_MIN))
     spec = ClosedSpec(
         users=case.users, requests=requests, input_tokens=case.input_tokens,
         output_tokens=case.output_tokens, length_min_share=case.length_min_share,
@@ -100,7 +109,8 @@ def simulate(case: Case, constants: Constants) -> Times:
         raise KvasirError(f"{case.id}: {Counter(o.error for o in outcomes if not o.ok)}")
 
     def mean(values: Sequence[float], later: Sequence[float]) -> float:
-        return statistics.fmean(values) / WAVES + statistics.fmean(later) * (1 - 1 / WAVES)
+        share = 1 / case.waves
+        return statistics.fmean(values) * share + statistics.fmean(later) * (1 - share)
 
     ttft = mean([o.ttft_s + (o.start_s or 0) for o in first], [o.ttft_s + front_s for o in rest])
     tpot = mean([o.tpot_s or 0 for o in first], [o.tpot_s or 0 for o in rest])
@@ -184,10 +194,11 @@ def by_group(cases: Sequence[Case], found: dict[str, Errors]) -> None:
 
 # One change at a time; effects on the logarithm of a time are taken to add up.
 STEPS: dict[str, tuple[float, ...]] = {
-    "request_s": (5e-3, 16e-3),
-    "token_s": (4e-6, 8e-6),
-    "kernel": (1.0, 1.04),
-    "prefill_experts": (1.2, 2.0),
+    "request_s": (3e-3, 9e-3),
+    "token_s": (3e-6, 9e-6),
+    "stream_s": (0.3e-3, 0.7e-3),
+    "kernel": (1.04, 1.12),
+    "prefill_experts": (1.0, 1.5),
     "layer_s": (4e-6, 12e-6),
     "host_row_s": (25e-6, 50e-6),
 }
@@ -200,18 +211,18 @@ def changed(name: str, value: float) -> Constants:
     return base._replace(engine=Engine(**{**base.engine._asdict(), name: value}))
 
 
-def holdout(cases: Sequence[Case], found: dict[str, Errors]) -> dict[str, Errors]:
+def left_out(cases: Sequence[Case], found: dict[str, Errors]) -> dict[str, Errors]:
     """Errors of each group under the constants that are best for all others."""
     effects: dict[str, dict[float, dict[str, Errors]]] = {}
     for name, values in STEPS.items():
         effects[name] = {v: errors(cases, changed(name, v)) for v in values}
-    left_out: dict[str, Errors] = {}
+    apart: dict[str, Errors] = {}
     for group in sorted({c.group for c in cases}):
         others = [c.id for c in cases if c.group != group and c.id in found]
         chosen = _best(others, found, effects)
         mine = [c.id for c in cases if c.group == group and c.id in found]
-        left_out |= {i: _moved(i, chosen, found, effects) for i in mine}
-    return left_out
+        apart |= {i: _moved(i, chosen, found, effects) for i in mine}
+    return apart
 
 
 Effects = dict[str, dict[float, dict[str, Errors]]]
@@ -270,52 +281,117 @@ def measured_part(cases: Iterable[Case]) -> None:
     print("rows with an operator that is " + ", ".join(f"{k}: {v}" for k, v in seen.items()))
 
 
-def main() -> None:
+def by_batching(cases: Sequence[Case], found: dict[str, Errors]) -> None:
+    """vLLM's rows under its own batching and under `token_budget`: the model's own error."""
+    heading(f"batching, {len(cases)} rows of vLLM")
+    line("vllm_v1", [found[c.id] for c in cases])
+    other = errors([c.batched("token_budget") for c in cases], Constants())
+    line("token_budget", list(other.values()))
+
+
+class Answered(NamedTuple):
+    """One line that bench/ask_aiconfigurator.py wrote."""
+
+    id: str
+    ttft_s: float | None
+    tpot_s: float | None
+    error: str
+
+
+def beside(path: Path, cases: Sequence[Case], found: dict[str, Errors]) -> dict[str, Any]:
+    """AIConfigurator's errors and ours on the rows that it answered."""
+    lines = [Answered(**json.loads(text)) for text in path.read_text().splitlines()]
+    theirs, unanswered = dict[str, Errors](), Counter[str]()
+    truth = {c.id: c for c in cases if c.id in found}
+    for answer in lines:
+        case = truth.get(answer.id)
+        if case is None:
+            continue
+        if not answer.ttft_s or not answer.tpot_s:
+            unanswered[answer.error or "an answer of 0"] += 1
+            continue
+        theirs[case.id] = Errors(
+            math.log(answer.ttft_s / case.truth_ttft_s),
+            math.log(answer.tpot_s / case.truth_tpot_s),
+        )
+    heading(f"AIConfigurator: {len(theirs)} rows answered, {sum(unanswered.values())} not")
+    for why, count in unanswered.most_common(5):
+        print(f"not answered, {count} rows: {why}")
+    groups: dict[str, list[str]] = {}
+    for i in theirs:
+        groups.setdefault(" ".join(truth[i].group), []).append(i)
+    for name in sorted(groups):
+        line(f"{name}: AIConfigurator", [theirs[i] for i in groups[name]])
+        line(f"{name}: Kvasir", [found[i] for i in groups[name]])
+    total = line("all: AIConfigurator", list(theirs.values()))
+    ours = line("all: Kvasir", [found[i] for i in theirs])
+    return {"theirs": total._asdict(), "ours": ours._asdict()}
+
+
+def by_coverage(cases: Sequence[Case], found: dict[str, Errors], of: Counter[str]) -> None:
+    heading(f"headline 2: {len(cases)} of {sum(of.values())} rows, by what lacks")
+    for name in sorted(of):
+        mine = [found[c.id] for c in cases if c.coverage == name and c.id in found]
+        if mine:
+            line(f"{name} ({of[name]})", mine)
+    line("all", [found[c.id] for c in cases if c.id in found])
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=FILE)
     parser.add_argument("--all", action="store_true", help="every row that says enough")
-    parser.add_argument("--others", type=int, default=150, help="rows outside the headline")
-    parser.add_argument("--headline", type=int, default=10**6, help="headline rows at most")
-    parser.add_argument("--holdout", action="store_true")
-    flags = parser.parse_args()
+    parser.add_argument("--others", type=int, default=150, help="rows outside headline 1")
+    parser.add_argument("--headline", type=int, default=10**6, help="rows of headline 1 at most")
+    parser.add_argument("--batching", type=int, default=60, help="rows to batch both ways")
+    parser.add_argument("--loo", action="store_true", help="leave one (system, model) out")
+    parser.add_argument("--aiconfigurator", type=Path, help="answers to put beside ours")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parsed()
     began = time.process_time()
     cases, skipped = read(flags.file)
     headline = [c for c in cases if c.coverage == "headline"]
     rest = [c for c in cases if c.coverage != "headline"]
-    print(f"{len(cases) + len(skipped)} rows: {len(headline)} headline, {len(rest)} others, "
+    print(f"{len(cases) + len(skipped)} rows: {len(headline)} headline 1, {len(rest)} others, "
           f"{len(skipped)} not simulated ({dict(Counter(s.why for s in skipped))})")  # fmt: skip
     headline = evenly(headline, flags.headline)
     small = [c for c in rest if flags.all or c.users <= USERS_MAX]
     others = small if flags.all else evenly(small, flags.others)
     measured_part(headline)
     found = errors([*headline, *others], Constants())
-    heading("headline, by system and model")
-    by_group(headline, found)
-    total = line("all", [found[c.id] for c in headline if c.id in found])
+    done = [c for c in headline if c.id in found]
+    heading("headline 1, by system, backend, model and mode")
+    by_group(done, found)
+    total = line("all", [found[c.id] for c in done])
     summary: dict[str, Any] = {"headline": total._asdict(), "goals": GOALS}
-    heading(f"others: {len(others)} of {len(rest)}")
-    for name in sorted({c.coverage for c in others}):
-        line(name, [found[c.id] for c in others if c.coverage == name and c.id in found])
+    by_coverage([*headline, *others], found, Counter(c.coverage for c in cases))
     if others:
+        heading("... the others by system, backend, model and mode")
         by_group(others, found)
-    if flags.holdout:
-        summary["holdout"] = _holdout_report(headline, found)
+    by_batching(evenly([c for c in done if c.users <= LOO_USERS_MAX], flags.batching), found)
+    if flags.loo:
+        summary["loo"] = _loo_report(done, found)
+    if flags.aiconfigurator is not None:
+        summary["aiconfigurator"] = beside(flags.aiconfigurator, done, found)
     print(f"\ngoals: median TTFT <= {GOALS['ttft']:.0%}, median TPOT <= {GOALS['tpot']:.0%}; "
           f"{time.process_time() - began:.0f} CPU s")  # fmt: skip
     print(json.dumps(summary))
 
 
-def _holdout_report(headline: Sequence[Case], found: dict[str, Errors]) -> dict[str, Any]:
-    tried = [c for c in headline if c.users <= HOLDOUT_USERS_MAX and c.id in found]
-    left_out = holdout(tried, found)
-    heading(f"left out by (system, model), of {len(tried)} rows with <= {HOLDOUT_USERS_MAX} users")
+def _loo_report(headline: Sequence[Case], found: dict[str, Errors]) -> dict[str, Any]:
+    tried = evenly([c for c in headline if c.users <= LOO_USERS_MAX], LOO_ROWS)
+    apart = left_out(tried, found)
+    heading(f"left out by (system, model), of {len(tried)} rows with <= {LOO_USERS_MAX} users")
     groups: dict[Group, list[Errors]] = {}
     for case in tried:
-        groups.setdefault(case.group, []).append(left_out[case.id])
+        groups.setdefault(case.group, []).append(apart[case.id])
     for group in sorted(groups):
         line(" ".join(group), groups[group])
     chosen_here = line("as chosen on all", [found[c.id] for c in tried])
-    total = line("left out", list(left_out.values()))
+    total = line("left out", list(apart.values()))
     return {"left_out": total._asdict(), "chosen_on_all": chosen_here._asdict()}
 
 

@@ -3,9 +3,10 @@
 Knows the columns and the two campaigns behind them. Must not know measured times: only `truth_*` of
 a `Case` holds them, and nothing here reads those.
 
-Two campaigns show in the ids. One (`..._epnone_...`) sends prompts of one length, the other draws
-lengths uniformly from 80 % of the nominal ones up and sends ten requests a user. Both keep a fixed
-number of users waiting for answers, who start together.
+Two campaigns show in the ids. One (`..._epnone_...`) sends prompts of one length, the other
+(InferenceMAX, whose scripts are public) draws lengths uniformly from 80 % of the nominal ones up,
+sends ten requests a user, and gives vLLM a budget of 8,192 tokens a step. Both keep a fixed number
+of users waiting for answers, who start together. vLLM's rows run under its own batching.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvasir.core.specs import Deployment, ModelSpec, PoolSpec, TopologySpec
-from kvasir.core.specs.deployment import MeasuredCost
+from kvasir.core.specs.deployment import BatchSpec, MeasuredCost, PolicySpec
 from kvasir.measure.calibration import table_systems
 
 SHAPES: Final = {
@@ -40,7 +41,8 @@ STANDS_IN: Final = {"gb200": "b200_sxm", "gb300": "b200_sxm", "b300_sxm": "b200_
 LENGTH_MIN_SHARE: Final = 0.8
 # Lengths of one nominal length differ a little all the same: texts are cut into tokens anew.
 NOMINAL_MIN_SHARE: Final = 0.97
-WAVES: Final = 10
+WAVES: Final = 10  # requests a user sends
+NOMINAL_WAVES: Final = 20  # ... in the other campaign, which does not say; chosen on its rows
 ROOM: Final = TopologySpec(pods=16)
 BATCH_TOKENS: Final = 8192  # vLLM's default for its own server with 70 GB or more
 EMBEDDED_BATCH_TOKENS: Final = 2048  # ... and where another program embeds its engine
@@ -70,6 +72,7 @@ class Case(NamedTuple):
     input_tokens: int
     output_tokens: int
     length_min_share: float
+    waves: int
     truth_ttft_s: float
     truth_tpot_s: float
 
@@ -77,7 +80,12 @@ class Case(NamedTuple):
     def load(self) -> tuple[object, ...]:
         """Equal for rows that are the same simulation."""
         return (self.deployment, self.users, self.input_tokens, self.output_tokens,
-                self.length_min_share)  # fmt: skip
+                self.length_min_share, self.waves)  # fmt: skip
+
+    def batched(self, policy: str) -> Case:
+        """The same under another batch policy."""
+        batch = PolicySpec(batch=BatchSpec(name=policy))
+        return self._replace(deployment=self.deployment.model_copy(update={"policy": batch}))
 
 
 class Skipped(NamedTuple):
@@ -109,6 +117,8 @@ def _missing(row: Row) -> str:
         return f"no shape of {row['model_path']}"
     if row["mode"] == "disagg" and not row["prefill_num_workers"]:
         return "counts of workers not given"
+    if row["mode"] == "agg" and int(row["batch_size"] or 0) < 1:
+        return "a batch of 0"
     return ""
 
 
@@ -118,6 +128,7 @@ def case(row: Row) -> Case:
     share = NOMINAL_MIN_SHARE if nominal else LENGTH_MIN_SHARE
     stretch = 2 / (1 + share) if nominal else 1.0  # so that the mean is the nominal length
     pools, users = _aggregated(row) if row["mode"] == "agg" else _disaggregated(row)
+    batch = "vllm_v1" if row["backend"] == "vllm" else "token_budget"
     shape = SHAPES[row["model_path"]]
     return Case(
         id=row["id"],
@@ -126,12 +137,14 @@ def case(row: Row) -> Case:
         mode=row["mode"],
         coverage=coverage(row),
         deployment=Deployment(
-            models=(ModelSpec(name=shape, max_context=1 << 20),), pools=pools, topology=ROOM
+            models=(ModelSpec(name=shape, max_context=1 << 20),), pools=pools, topology=ROOM,
+            policy=PolicySpec(batch=BatchSpec(name=batch)),
         ),
         users=users,
         input_tokens=round(int(row["isl"]) * stretch),
         output_tokens=round(int(row["osl"]) * stretch),
         length_min_share=share,
+        waves=NOMINAL_WAVES if nominal else WAVES,
         truth_ttft_s=float(row["silicon_ttft_ms"]) / 1e3,
         truth_tpot_s=float(row["silicon_tpot_ms"]) / 1e3,
     )

@@ -2,9 +2,11 @@
 
     python bench/sim.py [--policies netkv,round_robin] [--limit N] [--repeats 3]
     python bench/sim.py --reference [--requests 100000]
+    python bench/sim.py --peers [--repeats 3]
 
 The first simulates the bundled Mooncake hour on 64 GPUs, the second the fixed workload that other
-simulators were measured on (10,000 requests, no shared prefixes, links contended).
+simulators were measured on (10,000 requests, no shared prefixes, links contended). The third runs
+that workload and DynoSim in turns, on the same arrivals (`sh bench/peers.sh` installs it).
 
 CPU seconds are of the whole process (user and system, imports and reading the trace included), on
 one thread. The last line is JSON: the figures of the slowest policy, and all runs.
@@ -19,7 +21,10 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from itertools import count
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,8 +35,15 @@ GOALS = {
 }
 
 
-def one(name: str, policy: str, limit: int | None, requests: int | None) -> dict[str, Any]:
-    """Simulate in this process and say what it took."""
+ROOT = Path(__file__).parent.parent
+DYNOSIM = ROOT / ".peers" / "dynosim" / "bin" / "python"
+PAIRS = {"no prefix caches": False, "prefix caches, each block named": True}
+
+
+def one(
+    name: str, policy: str, limit: int | None, requests: int | None, *, named: bool = False
+) -> dict[str, Any]:
+    """Simulate in this process and say what it took. `named`: prompts' blocks have names."""
     began = time.perf_counter()
     from kvasir.cli.files import load_deployment
     from kvasir.cli.overrides import with_policy
@@ -42,6 +54,8 @@ def one(name: str, policy: str, limit: int | None, requests: int | None) -> dict
     given = {"limit": limit} | ({"requests": requests} if requests else {})
     spec = deployment.workload.model_copy(update=given)
     trace = workload(spec, deployment.block_size, deployment.seed)
+    if named:
+        trace = with_names(trace, deployment.block_size)
     result = simulate(deployment, trace, seed=deployment.seed)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu_s = used.ru_utime + used.ru_stime
@@ -66,9 +80,101 @@ def fresh(policy: str, flags: argparse.Namespace) -> dict[str, Any]:
     for name in ("limit", "requests"):
         value = getattr(flags, name)
         command += [f"--{name}", str(value)] if value is not None else []
+    return child(command)
+
+
+def with_names(trace: Any, block_size: int) -> Any:
+    """The same arrivals; every block of every prompt has a name that no other has."""
+    from msgspec.structs import replace
+
+    names = count()
+    arrivals = tuple(
+        replace(a, hash_ids=tuple(next(names) for _ in range(-(-a.input_tokens // block_size))))
+        for a in trace.arrivals
+    )
+    return replace(trace, block_size=block_size, arrivals=arrivals)
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def write_trace(path: Path, requests: int | None) -> int:
+    """The fixed workload in Mooncake's format, for peers. Returns tokens per block."""
+    from kvasir.cli.files import load_deployment
+    from kvasir.traces.workload import workload
+
+    d = load_deployment("reference-64")
+    spec = d.workload.model_copy(update={"requests": requests} if requests else {})
+    trace = with_names(workload(spec, d.block_size, d.seed), d.block_size)
+    rows = (
+        {"timestamp": a.at_s * 1e3, "input_length": a.input_tokens,
+         "output_length": a.output_tokens, "hash_ids": a.hash_ids}
+        for a in trace.arrivals
+    )  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return d.block_size
+
+
+def peers(flags: argparse.Namespace) -> int:
+    """Kvasir and DynoSim in turns, fresh processes, the same arrivals. Returns the exit status."""
+    if not DYNOSIM.exists():
+        print("DynoSim is not installed, so there is nothing to compare with", file=sys.stderr)
+        print("  try: sh bench/peers.sh", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.jsonl"
+        block = write_trace(trace, flags.requests)
+        theirs = [str(DYNOSIM), str(ROOT / "bench" / "dynosim.py"), str(trace), "--block",
+                  str(block)]  # fmt: skip
+        ours = [sys.executable, __file__, "--one", "round_robin", "--reference"]
+        ours += ["--requests", str(flags.requests)] if flags.requests else []
+        commands = {}
+        for pair, named in PAIRS.items():
+            commands["kvasir", pair] = ours + ["--named"] * named
+            commands["dynosim", pair] = theirs + ["--prefix-cache"] * named
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in commands}
+        for _ in range(flags.repeats):
+            for key, command in commands.items():
+                runs[key].append(child(command))
+    print_peers(runs)
+    return 0
+
+
+def print_peers(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """One row a simulator and pair, the ratio of each pair, then one JSON line."""
+    requests = {r["requests"] for found in runs.values() for r in found}
+    assert len(requests) == 1, f"not everybody ended every request: {requests}"
+    version = runs["dynosim", next(iter(PAIRS))][0]["version"]
+    print(f"reference-64, {requests.pop()} requests, 4 prefill + 4 decode, round robin; DynoSim")
+    print(f"{version}; Python {platform.python_version()}, {platform.machine()}, one thread each")
+    row = "{:<34}{:<10}{:>8}{:>14}{:>9}{:>10}"
+    print(row.format("", "", "CPU s", "min..max", "MiB", "TTFT s"))
+    ratios = {}
+    for pair in PAIRS:
+        cpu = {}
+        for name in ("kvasir", "dynosim"):
+            found = runs[name, pair]
+            seconds = [r["cpu_s"] for r in found]
+            cpu[name] = median(seconds)
+            print(
+                row.format(
+                    pair, name, f"{cpu[name]:.2f}", f"{min(seconds):.2f}..{max(seconds):.2f}",
+                    f"{max(r['peak_mib'] for r in found):.0f}", f"{found[-1]['ttft_mean_s']:.3f}",
+                )
+            )  # fmt: skip
+        ratios[pair] = round(cpu["kvasir"] / cpu["dynosim"], 2)
+        print(f"{'':<34}kvasir takes {ratios[pair]:.2f} times DynoSim's CPU seconds")
+    print("not like for like: DynoSim's hand-overs do not contend and its time model is its own,")
+    print("uncalibrated; Kvasir's flows share links, whose rates are solved anew at each change")
+    flat = {f"{name}, {pair}": found for (name, pair), found in runs.items()}
+    print(json.dumps({"ratios": ratios, "dynosim": version, "runs": flat}))
+
+
+def child(command: list[str]) -> dict[str, Any]:
+    """A process of its own, on one thread; the JSON of its last line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -76,15 +182,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policies")
     parser.add_argument("--reference", action="store_true", help="the fixed workload")
+    parser.add_argument("--peers", action="store_true", help="the fixed workload, and DynoSim")
     parser.add_argument("--requests", type=int, help="of the fixed workload")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--named", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     name = "reference-64" if flags.reference else "mooncake-64"
     if flags.one:
-        print(json.dumps(one(name, flags.one, flags.limit, flags.requests)))
+        found = one(name, flags.one, flags.limit, flags.requests, named=flags.named)
+        print(json.dumps(found))
         return
+    if flags.peers:
+        sys.exit(peers(flags))
     policies = flags.policies or ("round_robin" if flags.reference else POLICIES)
     print(f"{name}, Python {platform.python_version()}, {platform.machine()}, one thread")
     row = "{:<14}{:>10}{:>16}{:>10}{:>10}{:>10}{:>10}"

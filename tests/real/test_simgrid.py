@@ -135,14 +135,33 @@ def referee(topology: Topology, rows: list[tuple[str, float, int, Any]]) -> dict
     return found
 
 
+LEAF_SPINE: dict[str, Any] = {
+    "preset": "explicit",
+    "nodes": [{"name": f"n{i}", "gpus": 8} for i in range(8)],
+    "switches": [*(f"leaf{i}" for i in range(4)), *(f"spine{i}" for i in range(3))],
+    "links": [
+        *({"between": [f"n{i}", f"leaf{i // 2}"], "bandwidth": 100e9} for i in range(8)),
+        *({"between": [f"leaf{a}", f"spine{b}"], "bandwidth": (b + 1) * 15e9}
+          for a in range(4) for b in range(3)),
+    ],
+}  # fmt: skip
+FABRICS: dict[str, dict[str, Any]] = {
+    "uplinks": {"preset": "fabric", "uplinks": 2},
+    "rails": {"preset": "fabric", "rails": 4, "uplinks": 2},
+    "explicit": LEAF_SPINE,
+}
+
+
+@pytest.mark.parametrize("fabric", FABRICS)
 @pytest.mark.parametrize("rate", [None, 60.0], ids=["at once", "60 a second"])
 @pytest.mark.parametrize("seed", range(5))
-def test_completion_times_agree(seed: int, rate: float | None) -> None:
-    """200 flows of one accelerator pair each, on 64 accelerators with two uplinks at each level."""
+def test_completion_times_agree(seed: int, rate: float | None, fabric: str) -> None:
+    """200 flows of one accelerator pair each, on 64 accelerators: a fat-tree with two uplinks at
+    each level, the same with rails, and leaves under uneven spines."""
     if not python_with_simgrid():
         pytest.skip("no Python on the path imports simgrid (Debian: apt install python3-simgrid)")
     rng = random.Random(seed)
-    topology = Topology(TopologySpec(preset="fabric", uplinks=2))
+    topology = Topology(TopologySpec.model_validate(FABRICS[fabric]))
     rows = []
     at = 0.0
     for i in range(FLOWS):

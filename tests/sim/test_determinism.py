@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvasir.cli.files import load_deployment
+from kvasir.core.specs.faults import FaultSpec
 from kvasir.runtime.verify import verify_dir
 from kvasir.traces.record import Trace
 from kvasir.traces.workload import workload
-from kvasir.world.sim.faults import FaultSpec
 from kvasir.world.sim.run import Result, simulate
 from tests.sims import cluster, trace
 
@@ -32,7 +32,7 @@ def small(seed: int = 0) -> Result:
 def faulty(seed: int = 0) -> Result:
     """Round robin shows in which order workers are looked at."""
     d = cluster(count=3, pool={"kv_blocks": 60}, route={"name": "round_robin"})
-    return simulate(d, trace(60), seed=seed, faults=FAULTS)
+    return simulate(d.model_copy(update={"faults": FAULTS}), trace(60), seed=seed)
 
 
 def mooncake(seed: int = 0) -> Result:
@@ -93,7 +93,7 @@ def test_what_happened_is_worth_comparing() -> None:
 @pytest.mark.parametrize("choice", ["arrival", "prefill_end"])
 def test_a_recording_of_a_run_replays(choice: str, tmp_path: Path) -> None:
     d = cluster(pool={"kv_blocks": 60}, route={"decode_choice": choice})
-    simulate(d, trace(60), faults=FAULTS, record=tmp_path)
+    simulate(d.model_copy(update={"faults": FAULTS}), trace(60), record=tmp_path)
     names = {p.stem for p in tmp_path.iterdir()}
     assert {"conductor", "gateway-0", *d.worker_ids()} < names, "restarts have their own"
     verdict = verify_dir(tmp_path)

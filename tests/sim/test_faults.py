@@ -21,12 +21,12 @@ from kvasir.core.specs import (
     TopologySpec,
 )
 from kvasir.core.specs.deployment import BatchSpec, FittedCost
+from kvasir.core.specs.faults import CrossTraffic, FaultSpec, LinkFault
 from kvasir.policy.admit import ADMITS
 from kvasir.policy.batch import BATCHES
 from kvasir.policy.route import ROUTES
 from kvasir.traces.record import Arrival
-from kvasir.world.sim.faults import Faults, FaultSpec
-from kvasir.world.sim.traffic import CrossTraffic, LinkFault
+from kvasir.world.sim.faults import Faults
 from kvasir.world.sim.world import SimWorld
 
 SEEDS = 50
@@ -172,9 +172,10 @@ def test_transfers_over_a_dead_link_fail_by_the_nodes_own_timeouts(seed: int) ->
     d, trace = deployment(rng), arrivals(rng, 40)
     first = SimWorld(d, []).locations["decode-0"].gpus[0]
     spec = FaultSpec(
-        links=tuple(LinkFault(f"gpus-{first}-{way}", 0.2, for_s=20.0)
+        links=tuple(LinkFault(link=f"gpus-{first}-{way}", at_s=0.2, for_s=20.0)
                     for way in ("nic-in", "nvlink-in")),
-        traffic=(CrossTraffic((2, 3), 20, 1e7, on_s=0.3, off_s=0.2, random=True, until_s=5.0),),
+        traffic=(CrossTraffic(sources=(2, 3), target=20, bandwidth=1e7, on_s=0.3, off_s=0.2,
+                              random=True, until_s=5.0),),
     )  # fmt: skip
     world = SimWorld(d, trace, faults=Faults(spec, seed), after_event=SimWorld.check_touched)
     world.run(until=300.0)

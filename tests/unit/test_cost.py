@@ -190,6 +190,28 @@ def test_fitted_formula() -> None:
     assert cost.decode_line(3) == pytest.approx((1.3, 0.001))
 
 
+def test_fitted_curve_rows_and_prompt_context() -> None:
+    """Straight between two pairs, constant before the first, on at the last slope after the last."""
+    cost = Fitted(
+        FittedCost(
+            overhead_s=1.0, per_token_s=0.0, per_row_s=0.01, per_prompt_context_s=0.001,
+            curve=((2, 5.0), (4, 6.0), (14, 16.0)),
+        )
+    )  # fmt: skip
+    for batch, seconds in ((1, 5), (2, 5), (3, 5.5), (4, 6), (9, 11), (14, 16), (20, 22)):
+        assert cost.decode_line(batch).base_s == pytest.approx(1 + seconds + 0.01 * batch), batch
+    assert cost.batch([(3, 10)]) == pytest.approx(1 + 5.5 + 0.01 + 0.013)
+    assert cost.batch([(3, 10), (1, 99)]) == pytest.approx(1 + 6 + 0.02 + 0.013)
+    only = Fitted(FittedCost(overhead_s=0, per_token_s=0, curve=((8, 2.0),)))
+    assert only.batch([(1, 0)]) == only.batch([(500, 0)]) == 2
+
+
+@pytest.mark.parametrize("curve", [((4, 1.0), (4, 2.0)), ((4, 1.0), (8, 0.9)), ((0, 1.0),)])
+def test_a_fitted_curve_grows(curve: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(ValueError, match=r"must grow|greater than 0"):
+        FittedCost(curve=curve)
+
+
 def test_steps_must_take_time() -> None:
     with pytest.raises(ConfigError, match="no time"):
         Fitted(FittedCost(overhead_s=0, per_token_s=0, per_context_s=1))

@@ -7,6 +7,7 @@ import pytest
 
 from kvasir.core.specs import LengthSpec, WorkloadSpec
 from kvasir.traces.generators import generate
+from kvasir.traces.record import Arrival
 
 MANY = WorkloadSpec(
     rate=8.0,
@@ -88,3 +89,66 @@ def test_sharing_does_not_change_times_and_lengths() -> None:
         assert (a.at_s, a.input_tokens, a.output_tokens) == (
             b.at_s, b.input_tokens, b.output_tokens,
         )  # fmt: skip
+
+
+# --- bursts, Zipf, sessions -------------------------------------------------------------------
+
+
+def variation(times: list[float]) -> float:
+    gaps = [b - a for a, b in pairwise(times)]
+    return statistics.pstdev(gaps) / statistics.fmean(gaps)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gamma_gaps(burstiness: float) -> None:
+    spec = MANY.model_copy(update={"kind": "gamma", "burstiness": burstiness})
+    times = [a.at_s for a in generate(spec, 16, 1).arrivals]
+    assert times[-1] / len(times) == pytest.approx(1 / 8, rel=0.05)
+    assert variation(times) == pytest.approx(burstiness**-0.5, rel=0.05)
+
+
+def test_on_off_keeps_the_rate_and_falls_silent() -> None:
+    spec = MANY.model_copy(update={"kind": "on_off", "on_s": 2.0, "off_s": 6.0})
+    times = [a.at_s for a in generate(spec, 16, 1).arrivals]
+    assert len(times) / times[-1] == pytest.approx(8, rel=0.15)
+    filled = {int(t) for t in times}
+    assert 0.25 < len(filled) / times[-1] < 0.55  # 2 of 8 s, and the seconds at the edges
+    assert variation(times) > 2
+
+
+@pytest.mark.parametrize("mean", [60.0, 200.0, 500.0])
+def test_zipf_has_the_mean_asked_for(mean: float) -> None:
+    law = LengthSpec(kind="zipf", mean=mean, min=10, max=1000)
+    trace = generate(MANY.model_copy(update={"input": law}), 16, 1)
+    drawn = [a.input_tokens for a in trace.arrivals]
+    assert statistics.fmean(drawn) == pytest.approx(mean, rel=0.05)
+    assert min(drawn) >= 10 and max(drawn) <= 1000
+    small, large = (sum(low <= n < low + 50 for n in drawn) for low in (10, 900))
+    assert small > large
+
+
+def test_fixed_lengths() -> None:
+    law = LengthSpec(kind="fixed", mean=77, sigma=2.0)
+    trace = generate(MANY.model_copy(update={"input": law, "requests": 5}), 16, 1)
+    assert {a.input_tokens for a in trace.arrivals} == {77}
+
+
+def test_sessions_grow_and_share_what_they_held() -> None:
+    spec = MANY.model_copy(
+        update={"requests": 3_000, "turns": 4.0, "think_s": 5.0, "context_max": 4_000}
+    )
+    trace = generate(spec, 16, 2)
+    times = [a.at_s for a in trace.arrivals]
+    assert times == sorted(times) and len(times) == 3_000
+    by_session: dict[str, list[Arrival]] = {}
+    for a in trace.arrivals:
+        by_session.setdefault(a.session or "", []).append(a)
+    assert "" not in by_session
+    for turns in by_session.values():
+        for before, after in pairwise(turns):
+            assert after.input_tokens > before.input_tokens + before.output_tokens
+            full = before.input_tokens // 16
+            assert after.hash_ids[:full] == before.hash_ids[:full]
+            assert not set(after.hash_ids[full:]) & set(before.hash_ids)
+    assert max(a.input_tokens for a in trace.arrivals) <= 4_000
+    assert 2 < 3_000 / len(by_session) <= 4

@@ -12,6 +12,7 @@ import kvasir.cost
 from kvasir.core.errors import ConfigError
 from kvasir.core.specs import HARDWARE, Deployment, ModelSpec, PoolSpec
 from kvasir.core.specs.deployment import MeasuredCost
+from kvasir.core.specs.model import ModelShape
 from kvasir.cost.catalog import shape_of
 from kvasir.cost.measured import Engine, Measured, kv_tokens, weight_bytes
 from kvasir.cost.operators import Experts, Operators
@@ -244,7 +245,36 @@ def test_unmeasured_experts_take_the_efficiency_of_the_nearest() -> None:
     assert ops.parts[-1].source is Source.OUTSIDE
     four = ops.experts("experts", shape._replace(tp=4), "power_law_1.2")
     assert ops.parts[-1].source is Source.MEASURED
-    assert 0.4 * four(4096) < eight(4096) < four(4096)
+    assert 0.4 * four.seconds(4096) < eight.seconds(4096) < four.seconds(4096)
+
+
+def test_shares_say_how_the_time_of_an_iteration_is_found() -> None:
+    """All from tables inside their range but the odd projection; past it `outside` grows; without
+    tables everything is a roofline."""
+    shares = model(tp=4).shares([(1, 1023)] * 8)
+    known = shares.measured + shares.interpolated
+    assert 0.8 < known < 1 and shares.roofline > 0, "what moves between operators has no table"
+    parts = (shares.measured, shares.interpolated, shares.outside, shares.roofline)
+    assert sum(parts) == pytest.approx(1)
+    far = model(tp=4).shares([(1, 4_000_000)] * 8)
+    assert far.outside > shares.outside + 0.3
+    bare = Measured(shape_of(ModelSpec(name="llama-3-70b")), HARDWARE["h100"], 4, 1,
+                    MeasuredCost(), None)  # fmt: skip
+    assert bare.shares([(512, 0), (1, 100)]).roofline == 1.0
+
+
+def test_a_norm_over_all_heads_costs_an_all_reduce_more() -> None:
+    """MiniMax's; nothing when attention is on one accelerator."""
+    shape = shape_of(ModelSpec(name="minimax-m2.5"))
+    plain = shape.model_copy(update={"architecture": "llama"})
+    cost = MeasuredCost(gemm="fp8_block")
+
+    def step(which: ModelShape, tp: int) -> float:
+        return Measured(which, HARDWARE["h200"], tp, 1, cost, tables("h200")).batch([(1, 9)] * 8)
+
+    assert step(shape, 1) == step(plain, 1)
+    more = (step(shape, 4) - step(plain, 4)) / shape.layers
+    assert 8e-6 < more < 30e-6
 
 
 # --- pools ----------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_without_a_reading_the_tier_arm_is_static_and_says_so() -> None:
 
 
 def test_a_stale_reading_falls_back_and_says_so() -> None:
-    o = oracle(telemetry_ttl_s=5.0)
+    o = oracle(telemetry={"ttl_s": 5.0})
     read(o, 0.5, 0.5, 0.5, 0.5, at=10.0)
     assert o.estimate("src", "core", GB, 15.0, "tier").source == "tier"
     stale = o.estimate("src", "core", GB, 15.001, "tier")

@@ -31,7 +31,7 @@ LAYERS: dict[str, int] = {
 # The only imports between two packages of one layer. `cli` may import anything.
 SIDEWAYS: dict[str, set[str]] = {
     "policy": {"kv", "net", "cost"},
-    "measure": {"observe"},
+    "measure": {"observe", "engine"},
     "observe": {"measure"},
     "world.live": {"world"},
     "world.sim": {"world"},

@@ -18,8 +18,9 @@ VERBS: Final = {
     "verify": "Re-run a recording, decision by decision.",
     "explain": "Why a recorded request ran where it did: candidates and score terms.",
     "timeline": "A recording as Chrome trace JSON, for Perfetto.",
+    "measure": "Time an engine; fit the cost that a pool takes.",
     "config": "Check, show or describe kvasir.yaml.",
-    "trace": "Say what a trace holds.",
+    "trace": "Look into traces; convert, generate and split them.",
 }
 
 

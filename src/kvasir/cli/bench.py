@@ -122,7 +122,7 @@ def bench(*, flags: Flags = DEFAULTS) -> int:
 
     slo, percentiles = slo_of(flags.goodput), _percentiles(flags.metric_percentiles)
     shown = _metrics(flags.percentile_metrics)
-    served = _served_models(flags.base_url, needed=flags.model is None)
+    served = served_models(flags.base_url, needed=flags.model is None)
     target = Target(
         base_url=flags.base_url,
         model=flags.model or served[0],
@@ -249,7 +249,7 @@ def only(table: str, metrics: frozenset[str]) -> str:
 # --- server and file ---------------------------------------------------------------------------
 
 
-def _served_models(base_url: str, *, needed: bool) -> list[str]:
+def served_models(base_url: str, *, needed: bool) -> list[str]:
     """What the server lists: also a first look whether anything answers there.
 
     Raises ConfigError when nothing does, or when a name is `needed` and none can be had.

@@ -20,7 +20,7 @@ def changed(deployment: Deployment, changes: Mapping[str, object], flag: str) ->
     for path, value in changes.items():
         spec = _put(spec, path.split("."), value)
     try:
-        return Deployment.model_validate(spec.model_dump())
+        return Deployment.model_validate(spec.model_dump(warnings=False))
     except ValidationError as error:
         what = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{flag}: {what}", where=deployment.name) from None

@@ -63,7 +63,8 @@ def serve(
     counts: dict[Role, int | None] = {"prefill": prefill, "decode": decode, "mixed": mixed}
     deployment = with_policy(with_counts(_deployment(model), counts), policy)
     deployment = changed(deployment, {k: v for k, v in flags.items() if v is not None}, "flags")
-    _check_engine(deployment)
+    if deployment.engine == "torch":
+        need_torch()
     deployment = with_folders(deployment)
 
     from kvasir.gateway.platform import run
@@ -81,12 +82,13 @@ def _deployment(model: str | None) -> Deployment:
     return with_model(load_deployment("local"), model_folder(name))
 
 
-def _check_engine(deployment: Deployment) -> None:
+def need_torch() -> None:
+    """Raises ConfigError when it is not installed."""
     from importlib.util import find_spec
 
     from kvasir.core.errors import ConfigError
 
-    if deployment.engine == "torch" and find_spec("torch") is None:
+    if find_spec("torch") is None:
         raise ConfigError(
             "engine torch needs torch, which is not installed",
             next_step="pip install 'kvasir-llm[engine]', or --engine fake",

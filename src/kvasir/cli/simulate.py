@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from cyclopts.validators import Number
 if TYPE_CHECKING:
     from kvasir.core.specs import Deployment
     from kvasir.traces.record import Trace
+    from kvasir.world.sim.run import Result
 
 app = App(name="simulate")
 Positive = Annotated[int | None, Parameter(validator=Number(gte=1))]
@@ -51,39 +52,48 @@ def simulate(
     html
         File for a report: one page that needs nothing else.
     timeline
-        File for a timeline as Chrome trace JSON, for Perfetto; needs --record.
+        File for a timeline as Chrome trace JSON, for Perfetto.
     limit
         Only the first requests of the workload.
     """
     from msgspec.structs import replace
 
-    from kvasir.cli.output import progress, say, unique, write_json
+    from kvasir.cli.output import progress, say, unique, write, write_json
     from kvasir.cli.overrides import with_policy
-    from kvasir.core.errors import ConfigError
     from kvasir.measure.tables import table
 
-    if timeline is not None and record is None:
-        raise ConfigError("--timeline needs a recording", next_step="add --record DIR")
     spec = with_policy(load(deployment), policy)
     seed = spec.seed if seed is None else seed
     arrivals = workload_of(spec, trace, limit, seed)
     say(headline(spec, arrivals, spec.policy.route.name, seed), json)
 
+    from kvasir.runtime.timeline import Timeline
     from kvasir.world.sim.run import simulate as run
 
+    drawn = Timeline() if timeline is not None else None
     with progress(spec.name) as report:
-        result = run(spec, arrivals, seed=seed, record=record, progress=report)
+        result = run(
+            spec,
+            arrivals,
+            seed=seed,
+            record=record,
+            listen=drawn.listen if drawn is not None else None,
+            detail=html is not None,
+            progress=report,
+        )
     notes = unique((*arrivals.notes, *result.summary.notes, *result.notes))
     say(table(replace(result.summary, notes=notes)), json)
     write_json(json, result.to_json())
     if html is not None:
-        from kvasir.measure.html import page
+        write(html, _report(headline(spec, arrivals, result.policy, seed), result, notes))
+    if timeline is not None and drawn is not None:
+        write(timeline, drawn.json())
 
-        html.write_text(page(spec.name, result.summary, result.outcomes, notes), encoding="utf-8")
-    if timeline is not None and record is not None:
-        from kvasir.runtime.timeline import timeline as drawn
 
-        timeline.write_bytes(drawn(record))
+def _report(title: str, result: Result, notes: Sequence[str]) -> bytes:
+    from kvasir.measure.html import page
+
+    return page(title, result.summary, result.outcomes, notes, result.detail).encode()
 
 
 def load(deployment: str | None) -> Deployment:

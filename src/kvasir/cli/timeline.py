@@ -20,6 +20,7 @@ def timeline(directory: Path, file: Path, /) -> None:
     file
         Where to write the JSON.
     """
+    from kvasir.cli.output import write
     from kvasir.runtime.timeline import timeline as drawn
 
-    file.write_bytes(drawn(directory))
+    write(file, drawn(directory))

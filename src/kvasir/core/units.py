@@ -17,6 +17,8 @@ _BYTES: Final = {
 }  # fmt: skip
 _SECONDS: Final = {"": 1.0, "S": 1.0, "MS": 1e-3, "US": 1e-6, "M": 60.0, "MIN": 60.0, "H": 3600.0}
 _NUMBER: Final = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*$")
+_BITS: Final = re.compile(r"^\s*([0-9.eE+-]+)\s*([kKMGT]?)b(?:it)?(?:/s|ps)\s*$")
+_PER_SECOND: Final = re.compile(r"\s*(?:/\s*s|ps)\s*$")
 
 
 def parse_bytes(text: str | int | float) -> int:
@@ -24,9 +26,24 @@ def parse_bytes(text: str | int | float) -> int:
     return round(_parse(text, _BYTES, "bytes"))
 
 
+def parse_rate(text: str | int | float) -> float:
+    """Bytes per second: `"12.5 GB/s"` -> 12.5e9, `"100 Gb/s"` (bits) too. Raises ValueError."""
+    bits = _BITS.match(str(text))
+    if bits:
+        return parse_bytes(f"{bits.group(1)}{bits.group(2)}B") / 8
+    return float(parse_bytes(_PER_SECOND.sub("", str(text))))
+
+
 def parse_seconds(text: str | int | float) -> float:
     """`"10us"` -> 1e-5. Raises ValueError."""
     return _parse(text, _SECONDS, "seconds")
+
+
+def show_seconds(seconds: float) -> str:
+    """`0.01234` -> `"12.3 ms"`, `1.234` -> `"1.23 s"`."""
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _parse(text: str | int | float, units: dict[str, float] | dict[str, int], what: str) -> float:

@@ -21,9 +21,10 @@ import msgspec
 
 from kvasir.core.ids import WorkerId
 from kvasir.core.messages import Location, NetReading
-from kvasir.core.specs.topology import TIERS
+from kvasir.core.specs.topology import TIERS, TelemetrySpec
+from kvasir.net.fabric import NODE
 from kvasir.net.own import OwnFlows
-from kvasir.net.topology import NODE, Route, Topology
+from kvasir.net.topology import Route, Topology
 
 Arm = Literal["static", "self", "tier", "path", "exact_maxmin"]
 Key = TypeVar("Key")
@@ -54,12 +55,14 @@ class InFlight(msgspec.Struct):
 
 
 class _Pair(msgspec.Struct, frozen=True):
-    """What is fixed between two workers: `byte_s` is seconds per byte of the whole bundle."""
+    """What is fixed between two workers: `byte_s` is seconds per byte of the whole bundle, of which
+    each is counted `crossings` times on each tier's links."""
 
     route: Route
     tier: int
     latency_s: float
     byte_s: float
+    crossings: tuple[float, ...]
     from_key: tuple[WorkerId, int]
     to_key: tuple[WorkerId, bool]
 
@@ -77,6 +80,7 @@ class Oracle:
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
+        self._telemetry = topology.spec.telemetry or TelemetrySpec()  # none: nothing is read by it
         self._locations: dict[WorkerId, Location] = {}
         self._pairs: dict[tuple[WorkerId, WorkerId], _Pair] = {}
         self._transfers: dict[str, _Transfer] = {}
@@ -167,17 +171,16 @@ class Oracle:
     def _own_utilisation(self, measured_at: float) -> list[float]:
         """What own transfers in flight put on each tier's links during the window that ended then.
 
-        A transfer counts what it can have moved at best. It crosses one link of a tier each way, of
-        its own tier and of those below (NICs and rack uplinks carry what goes further up).
+        A transfer counts what it can have moved at best, on every link that it crosses.
         """
-        window = self.topology.spec.telemetry_s or 1.0
+        window = self._telemetry.period_s
         moved = [0.0] * len(TIERS)
         for transfer in self._transfers.values():
             pair = transfer.pair
             seconds = min(max(measured_at - transfer.started_s, 0.0), window)
             sent = min(float(transfer.bytes), seconds / pair.byte_s)
-            for tier in range(min(pair.tier, 1), pair.tier + 1):
-                moved[tier] += 2 * sent
+            for tier, times in enumerate(pair.crossings):
+                moved[tier] += times * sent
         capacities = [self.topology.tier_capacity(tier) for tier in range(len(TIERS))]
         return [m / (c * window) if m else 0.0 for m, c in zip(moved, capacities, strict=True)]
 
@@ -199,7 +202,7 @@ class Oracle:
     def estimate(self, src: WorkerId, dst: WorkerId, nbytes: int, now: float, arm: Arm) -> Estimate:
         """Seconds that `nbytes` (of all shards) from `src` to `dst` would take if sent now.
 
-        Without a reading younger than `telemetry_ttl_s`, `tier` uses the static bandwidth and says
+        Without a reading younger than `telemetry.ttl_s`, `tier` uses the static bandwidth and says
         so; its own share 1 / (1 + n) stays, since n is never stale. No bytes take the latency.
         Raises KeyError for an unknown worker. O(1), except `path`: O(path length), and
         `exact_maxmin`: one solve.
@@ -224,7 +227,7 @@ class Oracle:
             free, source = self._free(pair.tier, now)
             return idle_s * (1 + self._crowd(pair)) / free, source
         if arm == "path":
-            state = self._telemetry(now)
+            state = self._trouble(now)
             others = () if state else self._others
             rate = self._flows.bottleneck_rate(pair.route, others)
             return nbytes / rate, f"path({state})" if state else arm
@@ -240,14 +243,14 @@ class Oracle:
         others = self._others[tier] if tier < len(self._others) else None
         if others is None:
             return 1.0, "static(unknown)"
-        state = self._telemetry(now)
+        state = self._trouble(now)
         return (1.0, f"static({state})") if state else (1.0 - others, "tier")
 
-    def _telemetry(self, now: float) -> str:
+    def _trouble(self, now: float) -> str:
         """What is wrong with the newest reading; "" when it can be used."""
         if self._measured_at is None:
             return "unknown"
-        return "stale" if now - self._measured_at > self.topology.spec.telemetry_ttl_s else ""
+        return "stale" if now - self._measured_at > self._telemetry.ttl_s else ""
 
     def _pair(self, src: WorkerId, dst: WorkerId) -> _Pair:
         pair = self._pairs.get((src, dst))
@@ -259,11 +262,19 @@ class Oracle:
                 tier=route.tier,
                 latency_s=route.latency_s,
                 byte_s=1.0 / rate,
+                crossings=self._crossings(route),
                 from_key=(src, route.tier),
                 to_key=(dst, route.tier == NODE),
             )
             self._pairs[src, dst] = pair
         return pair
+
+    def _crossings(self, route: Route) -> tuple[float, ...]:
+        """How many links of each tier a byte of the bundle crosses, on average over its pairs."""
+        pairs = [0] * len(TIERS)
+        for link, count in route.pairs_by_link():
+            pairs[self.topology.links[link].tier] += count
+        return tuple(count / route.multiplicity for count in pairs)
 
     def check(self) -> None:
         """Assert that the counters are what the transfers in flight add up to."""

@@ -28,6 +28,12 @@ class Sink(Protocol):
     def write(self, data: bytes, /) -> object: ...
 
 
+class Listener(Protocol):
+    """Whoever is told what one node handled and decided, in order: a journal, a timeline."""
+
+    def add(self, now: float, event: AnyMessage, effects: Sequence[AnyEffect]) -> None: ...
+
+
 class Header(msgspec.Struct, frozen=True):
     """`kind` is conductor, worker or gateway; `config` is all that the node was built from."""
 
@@ -85,6 +91,17 @@ class Journal:
         self._seq += 1
         entry = Entry(self._seq, now, event, kinds(effects), digest(effects))
         self._sink.write(_encoder.encode(entry) + b"\n")
+
+
+class Listeners:
+    """Several as one."""
+
+    def __init__(self, listeners: Iterable[Listener]) -> None:
+        self._all = tuple(listeners)
+
+    def add(self, now: float, event: AnyMessage, effects: Sequence[AnyEffect]) -> None:
+        for one in self._all:
+            one.add(now, event, effects)
 
 
 def read(lines: Iterable[bytes], where: str) -> tuple[Header, Iterator[Entry]]:
