@@ -1,11 +1,12 @@
 """Speed of the simulator, one fresh process per policy.
 
     python bench/sim.py [--policies netkv,round_robin] [--limit N] [--repeats 3]
-    python bench/sim.py --reference [--requests 100000]
+    python bench/sim.py --reference [--requests 100000] [--gpus 1024]
     python bench/sim.py --peers [--repeats 3]
 
 The first simulates the bundled Mooncake hour on 64 GPUs, the second the fixed workload that other
-simulators were measured on (10,000 requests, no shared prefixes, links contended). The third runs
+simulators were measured on (10,000 requests, no shared prefixes, links contended; `--gpus` takes a
+cluster of that many, the rate in proportion). The third runs
 that workload and DynoSim in turns, on the same arrivals (`sh bench/peers.sh` installs it).
 
 CPU seconds are of the whole process (user and system, imports and reading the trace included), on
@@ -40,9 +41,35 @@ DYNOSIM = ROOT / ".peers" / "dynosim" / "bin" / "python"
 PAIRS = {"no prefix caches": False, "prefix caches, each block named": True}
 
 
+def grown(deployment: Any, gpus: int) -> Any:
+    """The same cluster with about `gpus` accelerators: more pods, instances and requests/s."""
+    topology, pools = deployment.topology, deployment.pools
+    factor = gpus / sum(pool.count * pool.gpus for pool in pools)
+    pods = -(-gpus // (topology.gpus // topology.pods))
+    racks = topology.racks_per_pod
+    placed = [
+        pool.model_copy(
+            update={
+                "count": round(pool.count * factor),
+                "racks": tuple(range(i, pods * racks, racks)),
+            }
+        )
+        for i, pool in enumerate(pools)
+    ]
+    workload = deployment.workload
+    return deployment.model_copy(
+        update={
+            "topology": topology.model_copy(update={"pods": pods}),
+            "pools": tuple(placed),
+            "workload": workload.model_copy(update={"rate": workload.rate * factor}),
+        }
+    )
+
+
 def one(
-    name: str, policy: str, limit: int | None, requests: int | None, *, named: bool = False
-) -> dict[str, Any]:
+    name: str, policy: str, limit: int | None, requests: int | None, *, named: bool = False,
+    gpus: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Simulate in this process and say what it took. `named`: prompts' blocks have names."""
     began = time.perf_counter()
     from kvasir.cli.files import load_deployment
@@ -51,6 +78,8 @@ def one(
     from kvasir.world.sim.run import simulate
 
     deployment = with_policy(load_deployment(name), policy)
+    if gpus:
+        deployment = grown(deployment, gpus)
     given = {"limit": limit} | ({"requests": requests} if requests else {})
     spec = deployment.workload.model_copy(update=given)
     trace = workload(spec, deployment.block_size, deployment.seed)
@@ -77,7 +106,7 @@ def fresh(policy: str, flags: argparse.Namespace) -> dict[str, Any]:
     """`one` in a process of its own, on one thread."""
     command = [sys.executable, __file__, "--one", policy]
     command += ["--reference"] if flags.reference else []
-    for name in ("limit", "requests"):
+    for name in ("limit", "requests", "gpus"):
         value = getattr(flags, name)
         command += [f"--{name}", str(value)] if value is not None else []
     return child(command)
@@ -184,6 +213,7 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="the fixed workload")
     parser.add_argument("--peers", action="store_true", help="the fixed workload, and DynoSim")
     parser.add_argument("--requests", type=int, help="of the fixed workload")
+    parser.add_argument("--gpus", type=int, help="with --reference: a cluster of about so many")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -191,7 +221,9 @@ def main() -> None:
     flags = parser.parse_args()
     name = "reference-64" if flags.reference else "mooncake-64"
     if flags.one:
-        found = one(name, flags.one, flags.limit, flags.requests, named=flags.named)
+        found = one(
+            name, flags.one, flags.limit, flags.requests, named=flags.named, gpus=flags.gpus
+        )
         print(json.dumps(found))
         return
     if flags.peers:

@@ -191,7 +191,7 @@ def test_fitted_formula() -> None:
 
 
 def test_fitted_curve_rows_and_prompt_context() -> None:
-    """Straight between two pairs, constant before the first, on at the last slope after the last."""
+    """Straight between two pairs, constant before the first, at the last slope after the last."""
     cost = Fitted(
         FittedCost(
             overhead_s=1.0, per_token_s=0.0, per_row_s=0.01, per_prompt_context_s=0.001,

@@ -178,18 +178,13 @@ def non_negative(a: Matrix, b: Matrix) -> Matrix:
     """
     count = a.shape[1]
     x, used = np.zeros(count), np.zeros(count, dtype=bool)
-    useless = np.zeros(count, dtype=bool)  # rounding wants them, and least squares do not
-    for _ in range(10 * count):
-        gradient = np.where(used | useless, -np.inf, a.T @ (b - a @ x))
+    for _ in range(3 * count):
+        gradient = np.where(used, -np.inf, a.T @ (b - a @ x))
         best = int(np.argmax(gradient))
         if gradient[best] <= GRADIENT_MIN * max(1.0, float(np.abs(b).max())):
             break
         used[best] = True
         x = _within(a, b, x, used)
-        if used[best]:
-            useless[:] = False
-        else:
-            useless[best] = True
     return x
 
 

@@ -36,6 +36,8 @@ def worker_config(
         chunk_tokens=batch.chunk_tokens,
         steps_max=batch.steps_max,
         waiting_max=pool.waiting_max,
+        transfer=deployment.transport.mode,
+        serial_tokens=deployment.transport.serial_tokens,
         beat_s=limits.beat_s,
         prompt_wait_s=limits.prompt_wait_s,
         kv_wait_s=limits.kv_wait_s,

@@ -6,6 +6,7 @@ import msgspec
 
 from kvasir.core.ids import CONDUCTOR, NodeId, WorkerId
 from kvasir.core.messages import Capacity, Location
+from kvasir.core.specs.deployment import TransferMode
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -25,6 +26,8 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     chunk_tokens: int = 8192
     steps_max: int = 256
     waiting_max: int = 4096
+    transfer: TransferMode = "streamed"
+    serial_tokens: int = 0
     beat_s: float = 1.0
     prompt_wait_s: float = 10.0
     kv_wait_s: float = 120.0

@@ -63,6 +63,7 @@ from kvasir.node.config import WorkerConfig
 from kvasir.node.window import Window
 from kvasir.node.work import Stage, Work
 from kvasir.policy import batch
+from kvasir.policy.handover import pulls, streams
 
 BEAT = "beat"
 ITERATION_WEIGHT = 0.2  # of the newest sample in the mean iteration time
@@ -266,6 +267,10 @@ class Worker:
             headroom = len(self.running)  # a block for each running sequence to grow into
             if self.pool.missing_for(hits, needed) + headroom > 0 and self.pool.held:
                 return
+            if self.config.transfer == "pull" and not pulls(
+                self._inbound_blocks(), self.config.capacity.kv_blocks
+            ):
+                return
             self.room.pop(0)
             self.blocks.take(work, hits)
             work.stage, work.inbound, work.first_block = Stage.KV, True, len(hits)
@@ -282,6 +287,10 @@ class Worker:
                 work.dispatch.source,
                 KvWant(work.id, work.attempt, self.config.worker, len(hits)),
             )
+
+    def _inbound_blocks(self) -> int:
+        """Blocks of sequences that were taken and do not run yet."""
+        return sum(len(w.blocks) for w in self.works.values() if w.stage is Stage.KV)
 
     def _on_received(self, event: Received) -> None:
         work = self._find(event.request_id, event.attempt)
@@ -365,8 +374,11 @@ class Worker:
     def _ship_part(self, work: Work, until: int, step: StepId) -> None:
         """Blocks that `step` completes leave layer by layer while it computes."""
         first = max(work.sent, work.want or 0)
+        c = self.config
         if work.want is None or until <= first:
             return
+        if not streams(c.transfer, c.serial_tokens, work.dispatch.input_tokens):
+            return  # all of it leaves when prefill is over
         blocks = tuple(work.blocks[first:until])
         work.sent, work.outbound = until, True
         self._out.append(

@@ -158,11 +158,6 @@ class TopologySpec(Spec):
         return self.pods * self.racks_per_pod * self.nodes_per_rack * self.gpus_per_node
 
     @property
-    def telemetry_s(self) -> float | None:
-        """How often switch counters are read; None: never."""
-        return self.telemetry.period_s if self.telemetry else None
-
-    @property
     def nics_per_node(self) -> int:
         return self.rails or self.gpus_per_node
 

@@ -121,6 +121,7 @@ def simulate(
         deployment,
         reaching(trace.arrivals, deployment.host),
         faults=Faults(faults, seed) if faults is not None else None,
+        seed=seed,
         journals=cast(Journals, listeners) if record or listen else None,
     )
     if detail:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -24,7 +25,6 @@ from kvasir.core.messages import (
     Location,
     Lost,
     Message,
-    NetReading,
     Received,
     SendOver,
     Start,
@@ -50,6 +50,7 @@ from kvasir.world.sim.executor import Executor, Outcome
 from kvasir.world.sim.faults import Death, Faults
 from kvasir.world.sim.network import SimNetwork
 from kvasir.world.sim.record import Recorder
+from kvasir.world.sim.telemetry import Telemetry
 from kvasir.world.sim.traffic import befall
 from kvasir.world.sim.transfers import Running, Transfers
 
@@ -79,7 +80,7 @@ class SimWorld:
         self, deployment: Deployment, arrivals: Iterable[Arrival], *, faults: Faults | None = None,
         journals: Journals | None = None, after_event: Callable[[SimWorld], None] | None = None,
         again: Callable[[float], Arrival | None] | None = None,
-        models: Mapping[str, StepModel] | None = None,
+        models: Mapping[str, StepModel] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         fx.require("the simulator", PERFORMS, ())
         self.deployment = deployment
@@ -93,6 +94,7 @@ class SimWorld:
         self.emitted: dict[RequestId, int] = {}
         self.ended: dict[RequestId, str] = {}
         self._faults = faults
+        self._seed = seed
         self._journals = journals
         self._after_event = after_event
         self._heap: list[tuple[float, int, Host | None, Any]] = []
@@ -123,8 +125,9 @@ class SimWorld:
             self.boot_worker(worker, 1)
         limits = {"gateway": GATEWAY, "limits": d.limits.model_dump(mode="json")}
         self._boot(GATEWAY, 1, "gateway", build_requests(d, GATEWAY, 1), limits)
-        if d.topology.telemetry_s is not None:
-            self.schedule(d.topology.telemetry_s, self._telemetry)
+        if d.topology.telemetry is not None:
+            tell = partial(self.send, CONDUCTOR)
+            Telemetry(d.topology.telemetry, self.network, self.schedule, tell, self._seed)
         self._next_arrival()
         if self._faults is not None:
             self._befall_network(self._faults)
@@ -247,7 +250,7 @@ class SimWorld:
         if self._faults is not None:
             if self._faults.lost(self.now):
                 return
-            at += self._faults.delay(self.now)
+            at += self._faults.delay(self.now, message)
         self.schedule_message(at, to, message)
 
     def schedule_message(self, at: float, to: NodeId, message: AnyMessage) -> None:
@@ -398,12 +401,6 @@ class SimWorld:
         if arrival is not None:
             self._more = True
             self.schedule(arrival.at_s, lambda: self._arrive(arrival))
-
-    def _telemetry(self) -> None:
-        window = self.deployment.topology.telemetry_s
-        assert window is not None
-        self.send(CONDUCTOR, NetReading(self.now, self.network.utilisation(self.now)))
-        self.schedule(self.now + window, self._telemetry)
 
     def _die(self, death: Death) -> None:
         host = self.hosts.get(death.worker)
