@@ -36,9 +36,9 @@ class Admission:
     @property
     def blocks_max(self) -> int:
         model = self._placement.request.model
-        able = [m for m in self._conductor.members.values() if m.hello.model == model]
-        able = [m for m in able if m.hello.roles != ("prefill",)] or able  # where it would end
-        return max((m.blocks_total for m in able), default=0)
+        able = [m for m in self._conductor.members.values() if m.model == model]
+        able = [m for m in able if m.roles != ("prefill",)] or able  # where it would end
+        return max([m.blocks_total for m in able], default=0)
 
     @property
     def ttft_load(self) -> float:

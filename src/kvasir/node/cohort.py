@@ -109,6 +109,8 @@ class Cohort:
 
     def to_name(self, grown: Sequence[Work]) -> list[Work]:
         """Members that the next step must name, settled: new ones, and those with new blocks."""
+        if not grown and not self._unnamed:
+            return []
         works = {**self._unnamed, **{work.id: work for work in grown}}
         self._unnamed.clear()
         for work in works.values():

@@ -269,7 +269,7 @@ class Conductor:
 
     def _place_without_a_role(self, p: Placement) -> bool:
         """All prefill or all decode workers are gone: any worker of the model runs both phases."""
-        anyone = self._could_hold(p, p.request.total_tokens_max, lambda m: not m.draining)
+        anyone = self._could_hold(p, p.request.total_tokens_max)
         anyone = self._with_room(p, anyone)
         if not anyone:
             return False
@@ -301,21 +301,19 @@ class Conductor:
     def able(self, p: Placement, role: str) -> list[Member]:
         """Workers of a role that could hold the request's part there, if they were empty."""
         part = p.input_tokens + 1 if role == "prefill" else p.request.total_tokens_max
-        return self._could_hold(p, part, lambda m: m.may(role))
+        return [m for m in self._could_hold(p, part) if role in m.roles]
 
-    def _could_hold(
-        self, p: Placement, tokens: int, wanted: Callable[[Member], bool]
-    ) -> list[Member]:
-        """Those wanted that serve the model and could hold `tokens` of the request when empty; all
-        of it where both phases run."""
+    def _could_hold(self, p: Placement, tokens: int) -> list[Member]:
+        """Those that serve the model and could hold `tokens` of the request when empty; all of it
+        where both phases run."""
         model, size = p.request.model, self.deployment.block_size
         whole, part = -(-p.request.total_tokens_max // size), -(-tokens // size)
         return [
             m
             for m in self.members.values()
-            if m.hello.model == model
+            if m.model == model
+            and not m.draining
             and (whole if m.mixed else part) <= m.blocks_total
-            and wanted(m)
         ]
 
     def _with_room(self, p: Placement, members: Iterable[Member]) -> list[Member]:

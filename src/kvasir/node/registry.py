@@ -30,7 +30,7 @@ class Member:
     __slots__ = (
         "batch_max", "blocks_reserved", "blocks_total", "context_tokens", "cost", "decoding",
         "draining", "heard_at", "hello", "holds", "id", "incarnation", "load", "mixed",
-        "prefill_s", "prefill_tokens", "prefilling", "resync_asked",
+        "model", "prefill_s", "prefill_tokens", "prefilling", "resync_asked", "roles",
     )  # fmt: skip
 
     def __init__(self, hello: Hello, cost: StepModel, now: float) -> None:
@@ -39,6 +39,8 @@ class Member:
         self.incarnation: Incarnation = hello.incarnation
         self.batch_max = hello.capacity.batch_max
         self.blocks_total = hello.capacity.kv_blocks
+        self.model = hello.model
+        self.roles = ("prefill", "decode") if "mixed" in hello.roles else hello.roles
         self.mixed = "mixed" in hello.roles
         self.cost = cost
         self.heard_at = now
@@ -67,9 +69,6 @@ class Member:
     def predict_iteration(self, decoding: int, context_tokens: int) -> float:
         line = self.cost.decode_line(max(decoding, 1))
         return line.base_s + line.per_context_s * context_tokens
-
-    def may(self, role: str) -> bool:
-        return not self.draining and (self.mixed or role in self.hello.roles)
 
     def hold(self, request_id: RequestId, hold: Hold) -> None:
         self.drop(request_id)

@@ -441,19 +441,20 @@ class Worker:
                 parts.append((work, count))
         low, reserve = (plan.low, plan.reserve) if plan.counts is None else (plan.steps, plan.steps)
         grown = self._reserve(max(low, 1), max(reserve, 1)) if self.cohort else []
-        parts += [(work, 1) for work in self.cohort.to_name(grown)]
+        named = self.cohort.to_name(grown)
+        carried = len(self.cohort.members) - len(named)
+        parts += [(work, 1) for work in named]
         for work in entering:
             self.waiting.remove(work)
         for work, count in zip(entering, plan.admitted, strict=True):
             self._enter(work)
             parts.append((work, min(count, work.known - work.computed)))
-        carried = len(self.cohort) - sum(work.tick >= 0 for work, _ in parts)
         if not parts and not carried:
             return
         steps = plan.steps
         if steps > 1 and self.cohort:
             steps = min(steps, self.cohort.covered)
-        rows = tuple(self._row(work, count, step_id) for work, count in parts)
+        rows = tuple([self._row(work, count, step_id) for work, count in parts])
         self._step_next += 1
         self.step = Step(step_id, rows, steps, carried, tuple(self._dropped))
         self._dropped.clear()
@@ -560,7 +561,7 @@ class Worker:
         self._dying, self._joining = [], []
 
     def _measure(self, step: Step, steps_done: int) -> None:
-        if all(row.count == 1 for row in step.rows) and steps_done:
+        if steps_done and all(row.count == 1 for row in step.rows):
             sample = (self._now - self._step_started) / steps_done
             old = self.iteration_s
             self.iteration_s = (

@@ -239,15 +239,18 @@ class Executor:
             first_s = self._model.iteration_seconds(self._batch, self._context, 0)
             last_s = self._model.iteration_seconds(self._batch, self._context, steps - 1)
         idle_s = self.started - self.ended
-        together = len(self._lanes) - sum(lane.ends_at >= 0 for lane in self._joining)
-        joined = [self._joins(lane, steps) for lane in self._joining if lane.ends_at >= 0 and steps]
+        new = [lane for lane in self._joining if lane.ends_at >= 0]
+        together = len(self._lanes) - len(new)
+        joined = [Joined(x.row.request_id, self._index(x), steps) for x in new if steps]
         everyone = self._everyone() if self._names else ()
         self._ticks += steps
-        young = [lane for lane in self._young if lane.ends_at >= 0]
-        drawn = [one for lane in young for one in self._untold(lane)]
-        self._young = [lane for lane in young if lane.told < lane.second]
-        second = [lane for lane in self._joining if lane.ends_at >= 0 and self._index(lane) == 1]
-        self._joining = second  # the second token of a text is told apart too
+        drawn: list[Drawn] = []
+        if self._young:
+            young = [lane for lane in self._young if lane.ends_at >= 0]
+            drawn += [one for lane in young for one in self._untold(lane)]
+            self._young = [lane for lane in young if lane.told < lane.second]
+        # The second token of a text is told apart too.
+        self._joining = [lane for lane in new if self._index(lane) == 1]
         rows = [self._row_done(row, steps, drawn, joined) for row in step.rows]
         rows += self._ended_unnamed(steps, drawn)
         self.ended = ended
@@ -255,9 +258,6 @@ class Executor:
             self.started, ended, steps, first_s, last_s, tuple(rows), tuple(drawn), tuple(joined),
             together if steps else 0, idle_s, everyone,
         )  # fmt: skip
-
-    def _joins(self, lane: Lane, steps: int) -> Joined:
-        return Joined(lane.row.request_id, self._index(lane), steps)
 
     def _everyone(self) -> tuple[RequestId, ...]:
         new = set(map(id, self._joining))

@@ -6,10 +6,11 @@ the heap breaks ties by order of insertion, and all randomness is in `faults`.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from heapq import heappop, heappush
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -63,14 +64,16 @@ CLOSES = (Hangup, Lost, Alarm)
 Journals = Callable[[NodeId, str, dict[str, Any]], Journal]
 
 
-class Host(NamedTuple):
-    """One incarnation of a node; a restart is a new host."""
+@dataclass(slots=True, eq=False)
+class Host:
+    """One incarnation of a node; a restart is a new host, and what came for the old one is void."""
 
     id: NodeId
     incarnation: int
     node: Node
     executor: Executor | None
     journal: Journal | None
+    alive: bool = True
 
 
 class SimWorld:
@@ -167,9 +170,9 @@ class SimWorld:
 
     def run(self, until: float = float("inf")) -> None:
         """Until every request has ended, or virtual time `until`."""
-        requests = self.requests
-        while self._heap and (self._more or requests.lives):
-            if self._heap[0][0] > until:
+        heap, lives = self._heap, self.requests.lives
+        while heap and (self._more or lives):
+            if heap[0][0] > until:
                 return
             self._turn()
 
@@ -196,12 +199,11 @@ class SimWorld:
         return [h.node for h in self.hosts.values() if isinstance(h.node, Worker)]
 
     def _turn(self) -> None:
-        at, _, host, what = heapq.heappop(self._heap)
-        self.now = at
+        self.now, _, host, what = heappop(self._heap)
         self.events += 1
         if host is None:
             what()
-        elif self.hosts.get(host.id) is host:
+        elif host.alive:
             self.deliver(host, what)
         if self._after_event is not None:
             self._after_event(self)
@@ -210,8 +212,8 @@ class SimWorld:
         """One input to one node, and everything that it decides."""
         if type(event) in CLOSES:
             self._catch_up(event)
-        effects = host.node.handle(self.now, event)
-        self.touched = host.node
+        node = self.touched = host.node
+        effects = node.handle(self.now, event)
         if host.journal is not None:
             host.journal.add(self.now, event, effects)
         perform = self._perform
@@ -233,16 +235,19 @@ class SimWorld:
 
     def schedule(self, at: float, action: Callable[[], None]) -> None:
         self._serial += 1
-        heapq.heappush(self._heap, (at, self._serial, None, action))
+        heappush(self._heap, (at, self._serial, None, action))
 
     def _push(self, at: float, host: Host, event: Message) -> None:
         self._serial += 1
-        heapq.heappush(self._heap, (at, self._serial, host, event))
+        heappush(self._heap, (at, self._serial, host, event))
 
     # --- effects ----------------------------------------------------------------------------------
 
     def _tell(self, host: Host, effect: fx.Tell) -> None:
-        self.send(effect.to, effect.message)
+        if self._faults is not None:
+            self.send(effect.to, effect.message)
+        else:
+            self.schedule_message(self.now + MESSAGE_S, effect.to, effect.message)
 
     def send(self, to: NodeId, message: AnyMessage) -> None:
         """A message between two nodes: late, perhaps lost, void if the receiver is gone by then."""
@@ -258,7 +263,8 @@ class SimWorld:
         if host is not None:
             if type(message) is Done:
                 self.recorder.done(message)
-            self._push(at, host, message)
+            self._serial += 1
+            heappush(self._heap, (at, self._serial, host, message))
 
     def _local(self, worker: WorkerId, message: Received | SendOver) -> None:
         """What a worker's own transport tells it: never lost."""
@@ -280,7 +286,7 @@ class SimWorld:
         of the run."""
 
         def drawn() -> None:
-            if executor.step is step and self.hosts.get(host.id) is host:
+            if executor.step is step and host.alive:
                 self._tokens(executor.first_drawn())
 
         self.schedule(self.now + executor.first_s, drawn)
@@ -299,7 +305,7 @@ class SimWorld:
         version = executor.version
 
         def over() -> None:
-            if executor.version == version and self.hosts.get(host.id) is host:
+            if executor.version == version and host.alive:
                 self._step_over(host, executor)
 
         self.schedule(executor.ends_at, over)
@@ -411,6 +417,7 @@ class SimWorld:
             self._emit(outcome)
         for request_id in host.executor.requests:
             self.recorder.left(request_id, host.executor.ended)
+        host.alive = False
         del self.hosts[death.worker]
         self.transfers.worker_died(death.worker)
         self.send(CONDUCTOR, WorkerGone(death.worker, host.incarnation, "died"))
