@@ -117,8 +117,6 @@ def _missing(row: Row) -> str:
         return f"no shape of {row['model_path']}"
     if row["mode"] == "disagg" and not row["prefill_num_workers"]:
         return "counts of workers not given"
-    if row["mode"] == "agg" and int(row["batch_size"] or 0) < 1:
-        return "a batch of 0"
     return ""
 
 
@@ -163,7 +161,7 @@ def coverage(row: Row) -> str:
 
 def _aggregated(row: Row) -> tuple[tuple[PoolSpec, ...], int]:
     layout = _layout(row, "")
-    users = int(row["batch_size"]) * int(row["attention_dp_size"] or 1)
+    users = int(row["batch_size"]) * max(1, int(row["attention_dp_size"] or 1))
     return (_pool(row, "serve", "mixed", 1, layout),), users
 
 

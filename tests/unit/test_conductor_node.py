@@ -35,6 +35,7 @@ from kvasir.core.messages import (
 from kvasir.core.request import Request
 from kvasir.core.specs import Deployment, LimitsSpec, ModelSpec, PolicySpec, PoolSpec, RouteSpec
 from kvasir.core.specs.deployment import FittedCost
+from kvasir.measure.calibration import models_of
 from kvasir.node.conductor import Conductor
 from tests.nodes import (
     BLOCK,
@@ -75,7 +76,8 @@ def conductor(
     *workers: str, limits: dict[str, Any] | None = None, **route: Any
 ) -> Driven[Conductor]:
     """With one prefill and one decode worker unless told otherwise."""
-    c = Driven(Conductor(deployment(limits or {}, **route)))
+    d = deployment(limits or {}, **route)
+    c = Driven(Conductor(d, models_of(d)))
     c(Start())
     for worker in workers or ("p", "d"):
         join(c, worker)
@@ -119,7 +121,8 @@ def reserved(c: Driven[Conductor]) -> dict[str, int]:
 
 
 def test_workers_are_welcomed_with_the_epoch() -> None:
-    c = Driven(Conductor(deployment({}), epoch=7))
+    d = deployment({})
+    c = Driven(Conductor(d, models_of(d), epoch=7))
     assert c(Start()).one(Timer).name == "beat"
     effects = join(c, "p")
     assert effects.told(Welcome).pairs == [("p", Welcome(7))]

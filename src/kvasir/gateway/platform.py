@@ -29,6 +29,7 @@ from kvasir.gateway.desk import LiveDesk
 from kvasir.gateway.port import Health, Text, WorkerState
 from kvasir.gateway.serve import serve_http
 from kvasir.gateway.tokenize import TextModel
+from kvasir.measure.calibration import models_of
 from kvasir.node.build import build_requests
 from kvasir.node.conductor import Conductor
 from kvasir.observe.metrics import Holding, Metrics
@@ -54,7 +55,7 @@ class Platform:
         self.bus = Bus()
         self.bus.observe = self.metrics.see
         self._sinks: list[Any] = []
-        self.conductor = Conductor(deployment, epoch=1)
+        self.conductor = Conductor(deployment, models_of(deployment))
         self._conductor_host = Host(
             CONDUCTOR, self.conductor, self.bus,
             self._journal(record, CONDUCTOR, "conductor", deployment.model_dump(mode="json")),

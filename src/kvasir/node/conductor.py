@@ -9,7 +9,7 @@ it, and the gateway submits the next one with what it has emitted so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from kvasir.core.effects import AnyEffect, Note, Tell, Timer
@@ -43,7 +43,6 @@ from kvasir.core.messages import (
     WorkerGone,
 )  # fmt: skip
 from kvasir.core.specs import Deployment
-from kvasir.cost.pools import step_model
 from kvasir.cost.step import StepModel
 from kvasir.kv.prefix import PrefixIndex
 from kvasir.net.oracle import Oracle
@@ -60,9 +59,11 @@ DECODE_WEIGHT = 0.05  # of the newest request in the mean time of a decode
 
 
 class Conductor:
-    """State machine of one conductor term (`epoch`)."""
+    """State machine of one conductor term (`epoch`). `models`: how long steps take, by pool."""
 
-    def __init__(self, deployment: Deployment, epoch: int = 1) -> None:
+    def __init__(
+        self, deployment: Deployment, models: Mapping[str, StepModel], epoch: int = 1
+    ) -> None:
         self.deployment = deployment
         self.epoch = epoch
         self.limits = deployment.limits
@@ -81,9 +82,7 @@ class Conductor:
             self.spec, deployment.block_size, deployment.seed, self.members, self.index, self.oracle
         )
         self.decode_s_mean: float | None = None  # of finished requests: from prefilled to over
-        self._costs: dict[str, StepModel] = {
-            pool.name: step_model(deployment, pool) for pool in deployment.pools
-        }
+        self._costs = models
         self._now = 0.0
         self._out: list[AnyEffect] = []
         self._handlers: dict[type[Message], Callable[[Any], None]] = {

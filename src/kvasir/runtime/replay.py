@@ -17,6 +17,7 @@ from kvasir import __version__
 from kvasir.core.effects import AnyEffect
 from kvasir.core.errors import ConfigError
 from kvasir.core.specs import Deployment, LimitsSpec
+from kvasir.measure.calibration import models_of
 from kvasir.node import Node
 from kvasir.node.conductor import Conductor
 from kvasir.node.config import WorkerConfig
@@ -85,7 +86,7 @@ def _node(header: Header) -> Node:
     if header.kind == "conductor":
         deployment = Deployment.model_validate(config)
         ready(deployment.policy.route)
-        return Conductor(deployment, epoch=1)
+        return Conductor(deployment, models_of(deployment))
     if header.kind == "worker":
         return Worker(msgspec.convert(config, WorkerConfig))
     if header.kind == "gateway":

@@ -36,9 +36,8 @@ from kvasir.core.messages import (
 from kvasir.core.request import Request, Sampling
 from kvasir.core.specs import Deployment
 from kvasir.cost.catalog import shape_of
-from kvasir.cost.pools import step_model
 from kvasir.cost.step import StepModel
-from kvasir.measure.calibration import load_tables
+from kvasir.measure.calibration import models_of
 from kvasir.net.topology import Topology
 from kvasir.node import Node
 from kvasir.node.build import build_requests, worker_config
@@ -114,16 +113,14 @@ class SimWorld:
         self.transfers = Transfers(
             self.network, self.schedule, self.locations, self._local, layers, lambda: self.now
         )
-        self._models = models or {
-            p.name: step_model(deployment, p, load_tables) for p in deployment.pools
-        }
+        self._models = models or models_of(deployment)
         self._start_nodes()
 
     # --- building ---------------------------------------------------------------------------------
 
     def _start_nodes(self) -> None:
         d = self.deployment
-        self._boot(CONDUCTOR, 1, "conductor", Conductor(d), d.model_dump(mode="json"))
+        self._boot(CONDUCTOR, 1, "conductor", Conductor(d, self._models), d.model_dump(mode="json"))
         for worker in d.worker_ids():
             self.boot_worker(worker, 1)
         limits = {"gateway": GATEWAY, "limits": d.limits.model_dump(mode="json")}
