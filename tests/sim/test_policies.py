@@ -140,7 +140,7 @@ def test_a_pair_is_dispatched_as_named_whatever_the_deployment_says(choice: str)
 
 
 def test_a_decode_worker_keeps_a_request_that_it_can_serve_sooner() -> None:
-    slow = deployment("netkv_joint", ("prefill", "decode"))
+    slow = deployment("netkv_joint", ("prefill", "decode"), route={"fetch_prefix": False})
     found = routed(slow, trace(10, rate=1.0))
     assert all(e.path == "aggregated" and e.prefill == e.decode for e in found)
     assert all(e.decode.startswith("decode") for e in found)

@@ -19,3 +19,8 @@ StepId = int  # unique per worker incarnation
 BlockId = int  # physical block index inside one worker's pool
 
 CONDUCTOR: Final[NodeId] = "conductor"
+
+
+def prefix_id(request_id: RequestId) -> RequestId:
+    """The name of the transfer of a request's prefix between two caches."""
+    return f"{request_id}/prefix"

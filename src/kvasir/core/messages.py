@@ -175,7 +175,9 @@ class Welcome(Message, frozen=True):
 
 class Dispatch(Message, frozen=True):
     """Do `phase` of an attempt. `source` holds the KV to fetch (decode); `target` will want it
-    (prefill, empty when still unknown). Prompt token ids come from the gateway by `Prompt`."""
+    (prefill, empty when still unknown). Prompt token ids come from the gateway by `Prompt`. Before
+    a prefill, as many leading blocks as `prefix_from` holds beyond the worker's own, up to
+    `prefix_blocks`, are fetched from its cache; without them they are computed."""
 
     epoch: Epoch
     request: Request
@@ -185,6 +187,8 @@ class Dispatch(Message, frozen=True):
     first_token: Literal["prefill", "decode"]
     source: WorkerId = ""
     target: WorkerId = ""
+    prefix_from: WorkerId = ""
+    prefix_blocks: int = 0
 
     @property
     def input_tokens(self) -> int:
@@ -288,7 +292,8 @@ class Drain(Message, frozen=True):
 
 
 class KvWant(Message, frozen=True):
-    """The decode side has room: send blocks `first_block` to the end of the input.
+    """The decode side has room: send blocks `first_block` to the end of the input. With `keys`:
+    send these blocks, out of the cache, under a name of their own (`ids.prefix_id`).
 
     `address` is where the target's receiver listens; like token ids it is for processes, not nodes.
     """
@@ -298,6 +303,7 @@ class KvWant(Message, frozen=True):
     target: WorkerId
     first_block: int
     address: str = ""
+    keys: tuple[BlockKey, ...] = ()
 
 
 class KvGone(Message, frozen=True):

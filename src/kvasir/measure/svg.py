@@ -23,7 +23,7 @@ ROW: Final = 17  # a row of heat, or of stacked parts
 LABEL: Final = 148
 VALUE: Final = 64
 LEVELS: Final = 10
-DASHES: Final = ("", "6 3", "2 3")
+DASHES: Final = ("", "6 3", "2 3", "9 3 2 3")
 COLOURS: Final = """
 .k{--ink:#1a2230;--dim:#566072;--line:#d8dee8;--page:#f7f9fc;--card:#fff;--heat:#0b5fa5;
 --s1:#0b5fa5;--s2:#c25400;--s3:#007a5c;--s4:#9c4486;--s5:#8c96a8}
@@ -85,15 +85,16 @@ class HeatRow(NamedTuple):
 
 
 def lines(
-    xs: Sequence[float], series: Sequence[Series], unit: str, span_s: float, top: float = 0.0
-) -> str:
-    """Curves over seconds from 0 to `span_s`, and from 0 up to `top` or the largest value."""
+    xs: Sequence[float], series: Sequence[Series], unit: str, span: float, top: float = 0.0,
+    x_unit: str = "s",
+) -> str:  # fmt: skip
+    """Curves over `x_unit` from 0 to `span`, and from 0 up to `top` or the largest value."""
     high = ticks(top or max((max(s.values) for s in series), default=0.0))
 
     def place(x: float, y: float) -> str:
-        return f"{_x(x / span_s):.1f},{_y(min(y / high[-1], 1.0)):.1f}"
+        return f"{_x(x / span):.1f},{_y(min(y / high[-1], 1.0)):.1f}"
 
-    shapes = [_grid(high, unit), _seconds(span_s)]
+    shapes = [_grid(high, unit), _across(span, x_unit)]
     for i, one in enumerate(series):
         points = " ".join(place(x, y) for x, y in zip(xs, one.values, strict=True))
         dash = f' stroke-dasharray="{DASHES[i]}"' if DASHES[i] else ""
@@ -230,12 +231,14 @@ def _grid(at: Sequence[float], unit: str) -> str:
     )
 
 
-def _seconds(span_s: float) -> str:
-    """The axis of time: round numbers, and the end."""
+def _across(span: float, unit: str) -> str:
+    """The axis from left to right: round numbers, and the end."""
     y = _y(0) + 16
-    inner = [v for v in ticks(span_s) if v < span_s * 0.93]
-    words = [f'<text class="m" x="{_x(v / span_s):.0f}" y="{y:.0f}">{v:g} s</text>' for v in inner]
-    words.append(f'<text class="e" x="{WIDTH - RIGHT}" y="{y:.0f}">{span_s:.4g} s</text>')
+    inner = [v for v in ticks(span) if v < span * 0.93]
+    words = [
+        f'<text class="m" x="{_x(v / span):.0f}" y="{y:.0f}">{v:g} {unit}</text>' for v in inner
+    ]
+    words.append(f'<text class="e" x="{WIDTH - RIGHT}" y="{y:.0f}">{span:.4g} {unit}</text>')
     return "".join(words)
 
 

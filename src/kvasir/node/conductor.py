@@ -246,6 +246,7 @@ class Conductor:
             return self._place_without_a_role(p)
         window = self._window(p, "prefill", prefillers, decoders=decoders)
         choice, memory = self.route(window, self._memory)
+        p.fetch_from, p.fetch_blocks = choice.fetch_from, choice.fetch_blocks
         prefiller = self.members[choice.worker]
         if choice.decode not in ("", choice.worker):  # the policy named both
             self._memory = memory
@@ -377,13 +378,20 @@ class Conductor:
         hold = Hold(p.attempt, blocks, since=self._now)
         if prefills:
             p.prefill_hit = p.hits.get(m.id, 0)
-            cached = p.prefill_hit * self.deployment.block_size
+            cached = max(p.prefill_hit, p.fetch_blocks) * self.deployment.block_size
+            self._begin_fetch(p, m)
             hold.prefill_s = m.predict_prefill(p.input_tokens, cached)
             hold.prefill_tokens = max(p.input_tokens - cached, 1)
             p.prefilled_at = self._now + m.prefill_s + hold.prefill_s
         if decodes:
             hold.context_tokens = p.input_tokens
         m.hold(p.id, hold)
+
+    def _begin_fetch(self, p: Placement, m: Member) -> None:
+        blocks = p.fetch_blocks - p.prefill_hit
+        if p.fetch_from and blocks > 0:
+            nbytes = blocks * self.deployment.block_size * m.hello.capacity.kv_token_bytes
+            self.oracle.begin(p.fetch_id, p.fetch_from, m.id, nbytes, self._now)
 
     def _placed(self, p: Placement) -> None:
         p.state, p.placed_at = State.PREFILL, self._now
@@ -395,6 +403,8 @@ class Conductor:
                 self.epoch, p.request, p.attempt, p.emitted, phase, self.deployment.first_token,
                 source=p.prefill if phase == "decode" else "",
                 target=p.decode if phase == "prefill" else "",
+                prefix_from="" if phase == "decode" else p.fetch_from,
+                prefix_blocks=0 if phase == "decode" else p.fetch_blocks,
             ),
         )  # fmt: skip
 
@@ -436,6 +446,7 @@ class Conductor:
         if p is None or p.state is not State.PREFILL or p.prefill != event.worker:
             return
         p.prefilled_at = self._now
+        self.oracle.end(p.fetch_id)
         verdict = self._admit(Admission(self, p, "decode"))
         if verdict.status and p.attempt == 1:
             self._drop(p, verdict.reason)
@@ -530,6 +541,7 @@ class Conductor:
 
     def _free(self, p: Placement) -> None:
         self.oracle.end(p.transfer_id)
+        self.oracle.end(p.fetch_id)
         for worker in p.workers():
             member = self.members.get(worker)
             if member is not None:

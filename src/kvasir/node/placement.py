@@ -30,7 +30,8 @@ class Placement:
     """One attempt. A new attempt is a new placement."""
 
     __slots__ = (
-        "attempt", "decode", "emitted", "finished", "hits", "path", "placed_at",
+        "attempt", "decode", "emitted", "fetch_blocks", "fetch_from", "finished", "hits", "path",
+        "placed_at",
         "prefill", "prefill_hit", "prefilled_at", "queued_at", "request", "shipped", "state",
         "transfer_s",
     )  # fmt: skip
@@ -45,6 +46,8 @@ class Placement:
         self.decode: WorkerId = ""
         self.hits: dict[WorkerId, int] = {}
         self.prefill_hit = 0
+        self.fetch_from: WorkerId = ""
+        self.fetch_blocks = 0  # leading blocks that come from there
         self.transfer_s = 0.0
         self.shipped = False
         self.queued_at = now
@@ -63,6 +66,10 @@ class Placement:
     @property
     def transfer_id(self) -> str:
         return f"{self.request.id}/{self.attempt}"
+
+    @property
+    def fetch_id(self) -> str:
+        return f"{self.transfer_id}/prefix"
 
     def needs(self, worker: WorkerId) -> bool:
         """Whether the attempt would be lost with `worker`."""
@@ -107,7 +114,7 @@ class RouteWindow:
         self.spec = ground.spec
         self.block_size = ground.block_size
         self.seed = ground.seed
-        self.fetches = False  # no worker takes a prefix from a peer yet
+        self.fetches = ground.spec.fetch_prefix
         self.source = source.id if source is not None else ""
         self.prefill_ahead_s = 0.0
         if source is not None and placement.state is State.QUEUED:

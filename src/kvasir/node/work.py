@@ -1,6 +1,7 @@
 """One attempt as the worker that serves it sees it: counts, blocks and where it stands.
 
     prompt --tokens came--> queue --admitted--> run --prefill over--> hold --shipped--> gone
+       |'-prefix of a peer--> prefix --came, or not--> queue
        |                                         |---last token----------------------> gone
        '-decode phase: room --blocks--> kv --received--> run
 
@@ -23,6 +24,7 @@ class Stage(IntEnum):
     HOLD = 3  # prefilled; its KV is leased to the decode side
     ROOM = 4  # decode: waits for blocks
     KV = 5  # decode: waits for its KV
+    PREFIX = 6  # waits for a peer's cached blocks
 
 
 class Work:

@@ -60,6 +60,7 @@ from kvasir.kv.pool import BlockPool
 from kvasir.node.blocks import Blocks
 from kvasir.node.cohort import Cohort
 from kvasir.node.config import WorkerConfig
+from kvasir.node.prefixes import Prefixes
 from kvasir.node.window import Window
 from kvasir.node.work import Stage, Work
 from kvasir.policy import batch
@@ -77,6 +78,7 @@ class Worker:
         self.blocks = Blocks(
             config.capacity, config.evict, config.worker, config.incarnation
         )
+        self.prefixes = Prefixes(self.blocks, config)
         self.works: dict[RequestId, Work] = {}
         self.quarantine: dict[tuple[RequestId, int], Work] = {}
         self.running: list[Work] = []
@@ -170,7 +172,8 @@ class Worker:
             kv_blocks_free=self.pool.available,
             iteration_s=self.iteration_s,
             active=tuple(Active(w.id, w.attempt, w.computed) for w in self.works.values()),
-            leases=sum(w.stage is Stage.HOLD for w in self.works.values()),
+            leases=sum(w.stage is Stage.HOLD for w in self.works.values())
+            + len(self.prefixes.lent),
             quarantined=len(self.quarantine),
         )
 
@@ -245,7 +248,12 @@ class Worker:
             return
         work.has_prompt = True
         if work.stage is Stage.PROMPT:
-            self._enqueue(work)
+            asked = self.prefixes.ask(work, self._now)
+            self._out += asked
+            if asked:
+                work.stage = Stage.PREFIX
+            else:
+                self._enqueue(work)
         elif work.received:
             self._join(work)
 
@@ -293,6 +301,10 @@ class Worker:
         return sum(len(w.blocks) for w in self.works.values() if w.stage is Stage.KV)
 
     def _on_received(self, event: Received) -> None:
+        fetched = self.prefixes.received(event)
+        if fetched is not None:
+            self._prefix_over(fetched, event)
+            return
         work = self._find(event.request_id, event.attempt)
         if work is None or not work.inbound:
             return
@@ -306,6 +318,22 @@ class Worker:
             self._give_up(work, event.reason)
         else:
             self._kv_here(work, event)
+
+    def _prefix_over(self, work: Work, event: Received) -> None:
+        """On with the prefill, with what came or without."""
+        c, source = self.config, work.dispatch.prefix_from
+        self._out.append(Release(event.request_id, event.attempt))
+        if event.ok:
+            measured = (event.bytes, event.seconds, event.transport)
+            report = TransferReport(event.request_id, event.attempt, source, c.worker, *measured)
+            self._tell(c.conductor, report)
+            self._note(Shipped(event.request_id, source, c.worker, *measured))
+        else:
+            self._note(TransferFailed(event.request_id, c.worker, event.reason))
+        if work.dead:
+            self._bury(work)
+        else:
+            self._enqueue(work)
 
     def _kv_here(self, work: Work, event: Received) -> None:
         d = work.dispatch
@@ -342,6 +370,10 @@ class Worker:
         self._cut()
 
     def _on_gone(self, event: KvGone) -> None:
+        wanted = self.prefixes.wanted.get((event.request_id, event.attempt))
+        if wanted is not None:
+            self._out += self.prefixes.cancel(wanted)
+            return
         work = self.works.get(event.request_id)
         if work is not None and work.attempt == event.attempt and work.stage is Stage.KV:
             self._give_up(work, event.reason)
@@ -349,6 +381,9 @@ class Worker:
     # --- KV going out -----------------------------------------------------------------------------
 
     def _on_want(self, event: KvWant) -> None:
+        if event.keys:
+            self._out += self.prefixes.lend(event, self._now)
+            return
         work = self.works.get(event.request_id)
         if work is None or work.attempt < event.attempt:  # it may have overtaken the dispatch
             key = (event.request_id, event.attempt)
@@ -401,6 +436,12 @@ class Worker:
         )  # fmt: skip
 
     def _on_send_over(self, event: SendOver) -> None:
+        returned = self.prefixes.returned(event)
+        if returned:
+            self._out += returned
+            if self.waiting:
+                self._cut()
+            return
         work = self._find(event.request_id, event.attempt)
         if work is None or not work.outbound:
             return
@@ -673,6 +714,7 @@ class Worker:
             if work in queue:
                 queue.remove(work)
         self.quarantine[work.id, work.attempt] = work
+        self._out += self.prefixes.cancel(work)
         if work.in_step is not None:
             self._cut()
         self._bury(work)
@@ -705,6 +747,8 @@ class Worker:
                 self._give_up(work, "its prompt did not come")
             elif work.stage in (Stage.ROOM, Stage.KV) and waited > c.kv_wait_s:
                 self._give_up(work, "its KV did not come")
+            elif work.stage is Stage.PREFIX and waited > c.kv_wait_s:
+                self._out += self.prefixes.cancel(work)
             elif work.stage is Stage.HOLD and now > work.lease_until:
                 self._give_up(work, "its lease ended")
         for key, since in list(self._early.items()):
@@ -731,8 +775,8 @@ class Worker:
         assert all(work in self.running for work in self.cohort)
         owners = [*self.works.values(), *self.quarantine.values()]
         refs: dict[int, int] = {}
-        for work in owners:
-            for block in work.blocks:
+        for blocks in (*(work.blocks for work in owners), *self.prefixes.lent.values()):
+            for block in blocks:
                 refs[block] = refs.get(block, 0) + 1
         assert len(refs) == self.pool.held, (len(refs), self.pool.held)
         assert all(self.pool.refs(b) == n for b, n in refs.items())

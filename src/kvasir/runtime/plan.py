@@ -5,15 +5,19 @@ The run directory is private to the user (mode 0700): sockets and start files li
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import msgspec
 
 from kvasir.core.ids import CONDUCTOR, NodeId, WorkerId
-from kvasir.core.specs import Deployment
+from kvasir.core.specs import Deployment, Endpoint
+from kvasir.core.specs.endpoints import MAIN
 
 GATEWAY: NodeId = "gateway-0"
-MAIN = "main"  # the process of gateway and conductor
+ON_THIS_HOST: Final[Mapping[str, Endpoint]] = MappingProxyType({})
 UNUSABLE = 78  # a worker's exit status: no other process could start either
 
 
@@ -44,7 +48,11 @@ class StartFile(msgspec.Struct, frozen=True):
         return Deployment.model_validate_json(self.deployment)
 
 
-def address(run_dir: str, node: NodeId) -> str:
+def address(
+    run_dir: str, node: NodeId, endpoints: Mapping[str, Endpoint] = ON_THIS_HOST
+) -> str:
     """Where a node's process listens: gateway and conductor share one."""
     process = MAIN if node in (CONDUCTOR, GATEWAY) else node
+    if process in endpoints and endpoints[process].control:
+        return f"tcp://{endpoints[process].control}"
     return f"ipc://{run_dir}/{process}.ipc"

@@ -15,6 +15,7 @@ from kvasir.core.specs.deployment import (
     RouteSpec,
     TransportSpec,
 )
+from kvasir.core.specs.endpoints import Endpoint
 from kvasir.core.specs.hardware import HARDWARE, HardwareSpec
 from kvasir.core.specs.model import LayerSpec, ModelShape
 from kvasir.core.specs.slo import SloSpec
@@ -22,7 +23,7 @@ from kvasir.core.specs.topology import TierSpec, TopologySpec
 from kvasir.core.specs.workload import LengthSpec, WorkloadSpec
 
 __all__ = [
-    "HARDWARE", "BatchSpec", "Deployment", "HardwareSpec", "LayerSpec", "LengthSpec", "LimitsSpec",
-    "ModelShape", "ModelSpec", "PolicySpec", "PoolSpec", "Role", "RouteSpec", "SloSpec", "TierSpec",
+    "HARDWARE", "BatchSpec", "Deployment", "Endpoint", "HardwareSpec", "LayerSpec", "LengthSpec",
+    "LimitsSpec", "ModelShape", "ModelSpec", "PolicySpec", "PoolSpec", "Role", "RouteSpec", "SloSpec", "TierSpec",
     "TopologySpec", "TransportSpec", "WorkloadSpec",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from kvasir.core.errors import ConfigError, nearest
 from kvasir.core.specs.base import Spec, wrong
+from kvasir.core.specs.endpoints import Endpoint, check_endpoints
 from kvasir.core.specs.faults import FaultSpec
 from kvasir.core.specs.hardware import HARDWARE, HardwareSpec
 from kvasir.core.specs.model import ModelShape
@@ -24,13 +25,18 @@ CurvePoint = tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]]
 
 
 class ModelSpec(Spec):
-    """A served model. `shape`: a bundled name or sizes; `path`: a HuggingFace folder."""
+    """A served model. `shape`: a bundled name or sizes; `path`: a HuggingFace folder.
+
+    `fake_kv`: engine fake holds and moves as many KV bytes a token as the shape says, in place of
+    32, so that links are loaded as the model would load them.
+    """
 
     name: str
     path: str | None = None
     shape: str | ModelShape | None = None
     version: str = ""
     max_context: int | None = Field(default=None, gt=0)
+    fake_kv: bool = False
 
 
 class FittedCost(Spec):
@@ -189,6 +195,7 @@ class RouteSpec(Spec):
     (Mooncake). `cache_threshold` share of a prompt that makes a match (SGLang). `temperature` 0
     takes the best (Dynamo). `queue_tokens_max` of a prompt queue (Splitwise). `hash_blocks` leading
     blocks name a prompt, `load_bound` times the mean load is full (consistent hashing, sessions).
+    `fetch_prefix`: a prefill worker may take a prefix from a peer's cache (Mooncake, netkv_joint).
     `fallback`: the policy behind `session`. `stay_weight`: what a second taken from sequences that
     decode counts for (netkv_joint).
     """
@@ -200,6 +207,7 @@ class RouteSpec(Spec):
     balance_abs: int = Field(default=64, ge=0)
     balance_ratio: float = Field(default=1.5, ge=1)
     prefix_ratio: float = Field(default=1.5, ge=1)
+    fetch_prefix: bool = True
     cache_threshold: float = Field(default=0.3, ge=0, le=1)
     temperature: float = Field(default=0.0, ge=0)
     queue_tokens_max: int = Field(default=8192, gt=0)
@@ -280,7 +288,10 @@ class HostSpec(Spec):
 
 
 class Deployment(Spec):
-    """One file for everything. Validated whole before anything starts, then frozen."""
+    """One file for everything. Validated whole before anything starts, then frozen.
+
+    `endpoints`, by worker or `main`: where processes are that do not all stand on one host.
+    """
 
     name: str = "deployment"
     models: tuple[ModelSpec, ...] = Field(min_length=1)
@@ -294,6 +305,7 @@ class Deployment(Spec):
     host: HostSpec = HostSpec()
     workload: WorkloadSpec = WorkloadSpec()
     faults: FaultSpec | None = None
+    endpoints: dict[str, Endpoint] = {}
     engine: Literal["torch", "fake"] = "torch"
     block_size: int = Field(default=16, gt=0)
     first_token: Literal["prefill", "decode"] = "prefill"
@@ -313,6 +325,7 @@ class Deployment(Spec):
         if self.transport.mode == "pull" and self.policy.route.decode_choice != "prefill_end":
             what = "pull chooses the decode worker after prefill: needs decode_choice: prefill_end"
             raise wrong(what, "transport", "mode")
+        check_endpoints(self.endpoints, self.worker_ids(), self.transport.kind)
         return self
 
     def hardware_of(self, pool: PoolSpec) -> HardwareSpec:

@@ -3,9 +3,9 @@
     TTFT_i = queue_i + prefill(l, len_i)                       if best / len_i < prefix_ratio
            = fetch(best - len_i) + queue_i + prefill(l, best)  otherwise
 
-The second branch counts on a fetch of the best prefix from its holder. Replication, which is that
-fetch's side effect, is not done yet, and as long as workers do not fetch (`view.fetches`), a prefix
-that is not there is computed again. Decode goes where a token takes least time. Refusing a request
+The second branch fetches the best prefix from its holder; that hot blocks are replicated where they
+are used is its side effect. Where workers do not fetch (`view.fetches`), a prefix that is not there
+is computed again. Decode goes where a token takes least time. Refusing a request
 whose prediction is over its SLO is admission's business (`policy.admit`).
 """
 
@@ -29,9 +29,11 @@ def mooncake(view: RouteView, memory: RouteMemory) -> tuple[Choice, RouteMemory]
     options = [(*_ttft(view, worker, holder), worker.id) for worker in view.candidates]
     ttft_s, fetched, best = min(options, key=lambda o: (o[0], o[2]))
     why = f"TTFT {ttft_s:.3g} s, hit {view.hits.get(best, 0)}"
-    if fetched:
-        why += f", {fetched} blocks from {holder.id}"
-    return Choice(best, why), memory
+    if not fetched:
+        return Choice(best, why), memory
+    why += f", {fetched} blocks from {holder.id}"
+    blocks = view.hits.get(holder.id, 0)
+    return Choice(best, why, fetch_from=holder.id, fetch_blocks=blocks), memory
 
 
 def _ttft(view: RouteView, worker: WorkerView, holder: WorkerView) -> tuple[float, int]:

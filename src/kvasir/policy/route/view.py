@@ -141,12 +141,15 @@ class RouteMemory(NamedTuple):
 
 class Choice(NamedTuple):
     """`estimate_s` is the transfer that the choice counted on. `decode` at stage prefill: the
-    decode worker too; the same one named twice runs both phases."""
+    decode worker too; the same one named twice runs both phases. `fetch_blocks` leading blocks are
+    to come from the cache of `fetch_from` before prefill."""
 
     worker: WorkerId
     why: str
     estimate_s: float = 0.0
     decode: WorkerId = ""
+    fetch_from: WorkerId = ""
+    fetch_blocks: int = 0
 
 
 Route = Callable[[RouteView, RouteMemory], tuple[Choice, RouteMemory]]
