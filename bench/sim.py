@@ -7,7 +7,8 @@
 The first simulates the bundled Mooncake hour on 64 GPUs, the second the fixed workload that other
 simulators were measured on (10,000 requests, no shared prefixes, links contended; `--gpus` takes a
 cluster of that many, the rate in proportion). The third runs
-that workload and DynoSim in turns, on the same arrivals (`sh bench/peers.sh` installs it).
+that workload and DynoSim in turns, on the same arrivals (`sh bench/peers.sh` installs it), and with
+the compiled core where `python tools/compile.py` has made one.
 
 CPU seconds are of the whole process (user and system, imports and reading the trace included), on
 one thread. The last line is JSON: the figures of the slowest policy, and all runs.
@@ -38,6 +39,7 @@ GOALS = {
 
 ROOT = Path(__file__).parent.parent
 DYNOSIM = ROOT / ".peers" / "dynosim" / "bin" / "python"
+COMPILED = ROOT / ".compiled"
 PAIRS = {"no prefix caches": False, "prefix caches, each block named": True}
 
 
@@ -160,11 +162,13 @@ def peers(flags: argparse.Namespace) -> int:
         commands = {}
         for pair, named in PAIRS.items():
             commands["kvasir", pair] = ours + ["--named"] * named
+            if COMPILED.exists():
+                commands["compiled", pair] = ours + ["--named"] * named
             commands["dynosim", pair] = theirs + ["--prefix-cache"] * named
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in commands}
         for _ in range(flags.repeats):
             for key, command in commands.items():
-                runs[key].append(child(command))
+                runs[key].append(child(command, compiled=key[0] == "compiled"))
     print_peers(runs)
     return 0
 
@@ -181,7 +185,8 @@ def print_peers(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     ratios = {}
     for pair in PAIRS:
         cpu = {}
-        for name in ("kvasir", "dynosim"):
+        names = [n for n in ("kvasir", "compiled", "dynosim") if (n, pair) in runs]
+        for name in names:
             found = runs[name, pair]
             seconds = [r["cpu_s"] for r in found]
             cpu[name] = median(seconds)
@@ -191,17 +196,20 @@ def print_peers(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
                     f"{max(r['peak_mib'] for r in found):.0f}", f"{found[-1]['ttft_mean_s']:.3f}",
                 )
             )  # fmt: skip
-        ratios[pair] = round(cpu["kvasir"] / cpu["dynosim"], 2)
-        print(f"{'':<34}kvasir takes {ratios[pair]:.2f} times DynoSim's CPU seconds")
+        ratios[pair] = {n: round(cpu[n] / cpu["dynosim"], 2) for n in names if n != "dynosim"}
+        for name, ratio in ratios[pair].items():
+            print(f"{'':<34}{name} takes {ratio:.2f} times DynoSim's CPU seconds")
     print("not like for like: DynoSim's hand-overs do not contend and its time model is its own,")
     print("uncalibrated; Kvasir's flows share links, whose rates are solved anew at each change")
     flat = {f"{name}, {pair}": found for (name, pair), found in runs.items()}
     print(json.dumps({"ratios": ratios, "dynosim": version, "runs": flat}))
 
 
-def child(command: list[str]) -> dict[str, Any]:
+def child(command: list[str], *, compiled: bool = False) -> dict[str, Any]:
     """A process of its own, on one thread; the JSON of its last line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if compiled:
+        environment["PYTHONPATH"] = str(COMPILED)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -299,8 +299,8 @@ def test_blocks_in_use_are_never_evicted() -> None:
 
 
 def test_the_victim_is_the_policys_choice() -> None:
-    def youngest(view: EvictView) -> int:
-        return list(view.in_order())[-1]
+    def youngest(view: EvictView, count: int) -> list[int]:
+        return list(view.in_order())[-count:]
 
     pool = BlockPool(4, youngest)
     pool.free(held_chain(pool, 0, 4))  # the head is released last

@@ -14,7 +14,8 @@ def crowd(fetch: bool, name: str = "mooncake"):
     """Two prefill workers; one has a long prefix that ten requests want at once."""
     route = {"fetch_prefix": fetch, "decode_choice": "arrival"}
     d = deployment(name, ("prefill", "decode"), route=route, kv_blocks=4000)
-    d = d.model_copy(update={"topology": TopologySpec(preset="fabric", gpus_per_node=1, nic_bandwidth=2e9)})
+    links = TopologySpec(preset="fabric", gpus_per_node=1, nic_bandwidth=2e9)
+    d = d.model_copy(update={"topology": links})
     shared = tuple(range(BLOCKS))
     first = Arrival(0.0, PROMPT, 2, (*shared, 10**6))
     rest = [Arrival(2.0, PROMPT + 400, 2, (*shared, *range(10**6 * i, 10**6 * i + 26)))

@@ -31,6 +31,7 @@ from kvasir.core.specs.model import DTYPE_BYTES, ModelShape
 
 Row = tuple[int, int]  # new tokens, context before them
 
+PREFILLS_MAX = 4096  # remembered at once
 HOP_S = 10e-6  # latency of one all-reduce or one stage-to-stage send
 # Latent attention computes prefill with keys of 192 and values of 128 per head: as many flops as
 # equal ones of 160. DeepSeek-V2 (arXiv 2405.04434, sections 2.1 and 3.1); V3 and Kimi-K2 alike.
@@ -56,6 +57,7 @@ class StepModel:
 
     def __init__(self) -> None:
         self._lines: dict[int, DecodeLine] = {}
+        self._prefills: dict[tuple[int, int, int], float] = {}
 
     def batch(self, rows: Sequence[Row]) -> float:
         """Seconds of one iteration over `rows`, at least one, prefill and decode mixed."""
@@ -107,11 +109,18 @@ class StepModel:
     def prefill_seconds(self, tokens: int, cached: int, batch_tokens_max: int) -> float:
         """Seconds to prefill `tokens` whose first `cached` stand already, alone, in chunks.
 
-        Sum over chunks of at most `batch_tokens_max`; 0 when nothing is left to compute.
+        Sum over chunks of at most `batch_tokens_max`; 0 when nothing is left to compute. Remembered
+        for a while: a router asks it of every worker, and most have nothing cached.
         """
-        seconds = 0.0
-        for start in range(cached, tokens, batch_tokens_max):
-            seconds += self.batch(((min(batch_tokens_max, tokens - start), start),))
+        asked = (tokens, cached, batch_tokens_max)
+        seconds = self._prefills.get(asked)
+        if seconds is None:
+            seconds = 0.0
+            for start in range(cached, tokens, batch_tokens_max):
+                seconds += self.batch(((min(batch_tokens_max, tokens - start), start),))
+            if len(self._prefills) >= PREFILLS_MAX:
+                self._prefills.clear()
+            self._prefills[asked] = seconds
         return seconds
 
 

@@ -27,19 +27,22 @@ from kvasir.core.ids import BlockId, BlockKey
 
 
 class EvictView(Protocol):
-    """What an eviction policy may look at: evictable blocks, oldest release first; never empty."""
+    """What an eviction policy may look at: evictable blocks, oldest release first."""
 
     def in_order(self) -> Iterator[BlockId]: ...
+
+
+Victims = Callable[[EvictView, int], Sequence[BlockId]]  # as many different ones as asked for
 
 
 
 class BlockPool:
     """`blocks_count` physical blocks. Costs are O(blocks touched), plus log of the free runs."""
 
-    def __init__(self, blocks_count: int, victim: Callable[[EvictView], BlockId]) -> None:
+    def __init__(self, blocks_count: int, victims: Victims) -> None:
         assert blocks_count > 0
         self.blocks_count = blocks_count
-        self._victim = victim
+        self._victims = victims
         self._refs = [0] * blocks_count
         self._key: list[BlockKey | None] = [None] * blocks_count
         self._by_key: dict[BlockKey, BlockId] = {}
@@ -105,8 +108,8 @@ class BlockPool:
         `available` first: asking for more is a programmer's error.
         """
         assert 0 <= count <= self.available, (count, self.available)
-        while self._runs.count < count:
-            self._evict()
+        if count > self._runs.count:
+            self._evict(count - self._runs.count)
         blocks = self._runs.take(count, after)
         for block in blocks:
             self._refs[block] = 1
@@ -137,8 +140,7 @@ class BlockPool:
 
     def clear(self) -> None:
         """Forget every cached block that nobody holds."""
-        while self._cached:
-            self._evict()
+        self._evict(len(self._cached))
 
     def changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """Keys (added, removed) since the last call. A key in both came and went, or went and came:
@@ -157,15 +159,18 @@ class BlockPool:
         self.removed.clear()
         return added, removed
 
-    def _evict(self) -> None:
-        block = self._victim(self)
-        del self._cached[block]
-        key = self._key[block]
-        assert key is not None
-        del self._by_key[key]
-        self._key[block] = None
-        self.removed.append(key)
-        self._runs.give((block,))
+    def _evict(self, count: int) -> None:
+        keys, by_key, cached = self._key, self._by_key, self._cached
+        blocks = list(self._victims(self, count))
+        for block in blocks:
+            del cached[block]
+            key = keys[block]
+            assert key is not None
+            del by_key[key]
+            keys[block] = None
+            self.removed.append(key)
+        blocks.sort(reverse=True)
+        self._runs.give(blocks)
 
     def check(self) -> None:
         """Every block in exactly one state; keys and refcounts agree."""
