@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -162,7 +161,7 @@ ARMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "netkv_self": ("random+netkv_self", {}),
         "netkv": ("random+netkv", {}),
         "netkv_path": ("random+netkv_path", {}),
-        "netkv_joint": ("netkv_joint", {}),
+        "netkv_joint": ("netkv_joint", {"fetch_prefix": False}),
         "exact_maxmin": ("random+exact_maxmin", {}),
         "clairvoyant": ("random+exact_maxmin", {}),
         "tiers shuffled": ("random+shuffled", {}),
@@ -177,7 +176,8 @@ ARMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "netkv_self": ("netkv_self", {}),
         "netkv": ("netkv", {}),
         "netkv_path": ("netkv_path", {}),
-        "netkv_joint": ("netkv_joint", {}),
+        "netkv_joint": ("netkv_joint", {"fetch_prefix": False}),
+        "netkv_joint, fetching": ("netkv_joint", {}),
         "exact_maxmin": ("exact_maxmin", {}),
         "clairvoyant": ("exact_maxmin", {}),
     },
@@ -244,12 +244,13 @@ def _grown(d: Deployment, times: int) -> Deployment:
 
 
 def background(d: Deployment, share: float) -> tuple[CrossTraffic, ...]:
-    """Constant flows from each pod's prefill rack into the next pod's decode rack, so many that all
-    uplinks on the way of a hand-over are taken to `share`. Each has a NIC of its own."""
+    """Constant flows from each pod's prefill rack into the next pod's decode rack, so wide that the
+    narrowest uplinks on the way of a hand-over are taken to `share`. Each has a NIC of its own."""
     t = d.topology
-    pod_gpus = t.racks_per_pod * t.nodes_per_rack * t.gpus_per_node
-    uplink = pod_gpus * t.nic_bandwidth / t.pod_oversubscription
-    rack = pod_gpus // t.racks_per_pod
+    rack = t.nodes_per_rack * t.gpus_per_node
+    pod_gpus = t.racks_per_pod * rack
+    nics = min(pod_gpus / t.pod_oversubscription, rack / t.rack_oversubscription)
+    uplink = nics * t.nic_bandwidth
     found = []
     for pod in range(t.pods):
         first = pod * pod_gpus
@@ -339,10 +340,3 @@ def _figures(s: Summary, tiers: Sequence[float]) -> Figures:
         failed=s.failed,
         tiers=tuple(tiers),
     )
-
-
-# --- flows of a run, without the scheduler --------------------------------------------------------
-
-
-def numbered(flows: Sequence[Flow]) -> list[tuple[str, Flow]]:
-    return [(f"f{i}", flow) for i, flow in zip(count(), flows, strict=False)]

@@ -11,7 +11,7 @@ from itertools import count
 
 from kvasir.core.effects import Row, Step
 from kvasir.core.messages import RowDone
-from kvasir.core.request import Sampling
+from kvasir.core.request import Sampling, Steering
 from kvasir.engine.base import Runner, Sampled, StepResult
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
@@ -60,6 +60,8 @@ class Job:
     end: str = ""
     fresh: bool = False
     keys: list[bytes] = field(default_factory=list)
+    steering: Steering | None = None
+    drawn: list[Sampled] = field(default_factory=list)
 
     @property
     def known(self) -> int:
@@ -75,7 +77,8 @@ class Driver:
 
     def open(self, job: Job, keys_count: int | None = None) -> Job:
         known = len(job.prompt) // self.size if keys_count is None else keys_count
-        self.runner.open(job.name, job.attempt, [*job.prompt, *job.output], known, SALT)
+        tokens = [*job.prompt, *job.output]
+        self.runner.open(job.name, job.attempt, tokens, known, SALT, job.steering)
         return job
 
     def row(self, job: Job, chunk: int, steps: int = 1, sample: bool = True) -> Row:
@@ -111,7 +114,9 @@ class Driver:
         result = self.runner.step(Step(next(_step_ids), rows, most), hooks)
         drawn = [one for batch in hooks.batches for one in batch]
         for job, row, done in zip(jobs, rows, result.rows, strict=True):
-            job.output += [s.token for s in drawn if s.request_id == job.name]
+            mine = [s for s in drawn if s.request_id == job.name]
+            job.drawn += mine
+            job.output += [s.token for s in mine]
             job.computed += row.count + result.steps_done - 1
             job.end, job.keys = done.end, [*job.keys, *done.keys]
         return result

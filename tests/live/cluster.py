@@ -30,7 +30,7 @@ from kvasir.core.effects import Step
 from kvasir.core.events import AnyEvent
 from kvasir.core.ids import CONDUCTOR, BlockKey, NodeId, RequestId, WorkerId
 from kvasir.core.keys import block_keys, salt_of
-from kvasir.core.messages import AnyMessage, Report, Start
+from kvasir.core.messages import AnyMessage, Logprobs, Report, Start
 from kvasir.core.request import Sampling
 from kvasir.core.specs import (
     BatchSpec,
@@ -271,6 +271,7 @@ class Answer:
 
     request_id: RequestId
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     path: str = ""
     prefill: WorkerId = ""
     end: EndPiece | None = None
@@ -404,6 +405,7 @@ def take(answer: Answer, piece: Any) -> None:
             answer.path, answer.prefill = piece.path, piece.prefill
         case TokensPiece():
             answer.tokens += piece.tokens
+            answer.logprobs += piece.logprobs
         case EndPiece():
             answer.end = piece
         case FailPiece():

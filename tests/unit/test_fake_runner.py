@@ -82,9 +82,9 @@ def test_batch_neighbours_do_not_matter() -> None:
 # --- transfers and tables --------------------------------------------------------------------
 
 
-def handed_over(damage: object = None) -> list[int]:
+def handed_over(damage: object = None, **values: object) -> list[int]:
     """Prefill on one runner, ship blocks, go on with token 0 from there on another one."""
-    p, d = driver(), driver()
+    p, d = driver(**values), driver(**values)
     source = p.open(job(free=[9, 3, 4, 20]))
     p.step([source])
     target = Job("a", list(PROMPT), 12, list(range(30, 40)), output=list(source.output))
@@ -120,6 +120,25 @@ def test_wrong_table_order_and_swapped_planes_show() -> None:
 
     assert handed_over(lambda planes, table: [2, 11, 17]) != fake_tokens(PROMPT, 12)
     assert handed_over(swap) != fake_tokens(PROMPT, 12)
+
+
+WIDE = 8 * KV_TOKEN_BYTES  # for links that are to be loaded as a model would load them
+
+
+def test_more_kv_a_token_gives_the_same_tokens() -> None:
+    runner = driver(kv_token_bytes=WIDE).runner
+    assert sum(p.nbytes for layer in runner.planes() for p in layer) == 64 * 4 * WIDE
+    assert sum(layer.token_bytes for layer in runner.spec.layers) == runner.spec.kv_token_bytes
+    assert runner.spec.kv_token_bytes == WIDE
+    assert handed_over(kv_token_bytes=WIDE) == fake_tokens(PROMPT, 12)
+
+
+@pytest.mark.parametrize("byte", [0, 7, 8, 63, 64, 255])
+def test_every_byte_of_more_kv_counts(byte: int) -> None:
+    def flip(planes: list[list[np.ndarray]], table: list[int]) -> None:
+        planes[1][0][2][byte] ^= 0x10
+
+    assert handed_over(flip, kv_token_bytes=WIDE) != fake_tokens(PROMPT, 12)
 
 
 def test_planes_are_the_cache_itself() -> None:

@@ -23,7 +23,11 @@ NAMES = {
     "kvasir_reservations": {"worker"},
     "kvasir_time_to_first_token_seconds_bucket": {"le", "path", "model"},
     "kvasir_inter_token_latency_seconds_bucket": {"le"},
-    "kvasir_prefix_cache_hit_tokens_total": set(),
+    "kvasir_prefix_cache_queries_tokens_total": set(),
+    "kvasir_prefix_cache_hits_tokens_total": set(),
+    "kvasir_prefix_cache_attainable_tokens_total": set(),
+    "kvasir_prefix_index_blocks": set(),
+    "kvasir_prefix_index_refused_total": set(),
     "kvasir_preemptions_total": set(),
     "kvasir_retries_total": {"reason"},
     "kvasir_workers_up": set(),
@@ -44,6 +48,7 @@ def full() -> Metrics:
         ev.Queued("r", 3),
         ev.Routed("r", 1, "disaggregated", "prefill-0", "decode-0", "why"),
         ev.Prefilled("prefill-0", "r", 0.01, 0.2, 64, 36),
+        ev.PrefixUsed("prefill-0", "r", 100, 64, 80),
         ev.Shipped("r", "prefill-0", "decode-0", 4096, 0.03, "shm"),
         ev.Shipped("r", "prefill-0", "decode-0", 1000, 0.04, "tcp"),
         ev.TransferFailed("r", "decode-0", "checksum"),
@@ -58,6 +63,7 @@ def full() -> Metrics:
     metrics.token_gap(0.02)
     metrics.gauges(2, 5, {"prefill-0": 0.25, "decode-0": 0.5})
     metrics.holdings({"prefill-0": Holding(9, 1, 2, 3)})
+    metrics.prefix_index(1200, 7)
     return metrics
 
 
@@ -107,7 +113,11 @@ def test_every_series_is_ours_and_none_tells_when_it_was_made() -> None:
         ("kv_transfer_failures_total", {"reason": "checksum"}, 1),
         ("kv_recomputed_tokens_total", {"reason": "preempted"}, 40),
         ("kv_cache_usage_ratio", {"worker": "decode-0"}, 0.5),
-        ("prefix_cache_hit_tokens_total", {}, 64),
+        ("prefix_cache_queries_tokens_total", {}, 100),
+        ("prefix_cache_hits_tokens_total", {}, 64),
+        ("prefix_cache_attainable_tokens_total", {}, 80),
+        ("prefix_index_blocks", {}, 1200),
+        ("prefix_index_refused_total", {}, 7),
         ("prefill_tokens_total", {}, 36),
         ("prompt_tokens_total", {}, 100),
         ("output_tokens_total", {}, 16),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from kvasir.core.errors import LINES_MAX, KvasirError, NotFound, RequestError
-from kvasir.gateway.answer import Answer, usage_of
+from kvasir.core.request import Grammar, Sampling, Steering
+from kvasir.gateway.answer import Answer, Style, usage_of
 from kvasir.gateway.errors import of_error, of_fail
 from kvasir.gateway.fake import FakeDesk, FakeText
 from kvasir.gateway.openai import Caller, Plan, plan_chat, plan_completion, read_caller
@@ -45,7 +46,7 @@ def test_a_chat_body_becomes_one_ask() -> None:
     assert bytes(ask.tokens) == b"user: hi"
     assert (ask.request_id, ask.model, ask.max_tokens) == ("run", "fake", 3)
     assert (ask.sampling.temperature, ask.sampling.top_p, ask.sampling.seed) == (0, 0.5, 7)
-    assert made.chat
+    assert made.style.chat
     assert not made.stream
 
 
@@ -96,7 +97,7 @@ def test_how_the_answer_is_to_look() -> None:
         "return_token_ids": True, "kvasir": {"timing": True, "deadline_s": 2.5}, "stop": ["x", "y"],
     })  # fmt: skip
     assert (made.stream, made.include_usage, made.token_ids, made.timing) == (True,) * 4
-    assert made.stops == ("x", "y")
+    assert made.style.stops == ("x", "y")
     assert made.asks[0].deadline_s == 2.5
 
 
@@ -112,6 +113,7 @@ def test_unknown_fields_and_neutral_values_are_ignored() -> None:
         "logit_bias": {}, "stop": None, "seed": None, "temperature": None,
     })  # fmt: skip
     plan({"messages": USER, "tools": [], "response_format": {"type": "text"}, "logprobs": False})
+    plan({"messages": USER, "best_of": 1, "bad_words": [], "use_beam_search": False})
 
 
 # --- refused ----------------------------------------------------------------------------------
@@ -120,18 +122,55 @@ def test_unknown_fields_and_neutral_values_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
-        ({"messages": USER, "n": 2}, "n", "n must be 1, not 2"),
-        ({"messages": USER, "min_tokens": 4}, "min_tokens", "not supported"),
-        ({"messages": USER, "logprobs": True}, "logprobs", "not supported"),
+        ({"messages": USER, "n": 0}, "n", "at least 1"),
+        ({"messages": USER, "n": 129}, "n", "at most 128 choices"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n", "at most 128 choices"),
+        ({"messages": USER, "min_tokens": -1}, "min_tokens", "not be negative"),
+        ({"messages": USER, "min_tokens": 9, "max_tokens": 8}, "min_tokens", "over the 8"),
+        ({"messages": USER, "logprobs": 3}, "logprobs", "true or false in a chat"),
+        ({"messages": USER, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"messages": USER, "logprobs": False, "top_logprobs": 3}, "top_logprobs", "needs"),
+        ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "a number in a completion"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", "[0, 20]"),
+        ({"prompt": "a", "logprobs": -1}, "logprobs", "[0, 20]"),
         ({"messages": USER, "tools": [{}]}, "tools", "not supported"),
-        (
-            {"messages": USER, "response_format": {"type": "json_object"}},
-            "response_format",
-            "not supported",
-        ),
         ({"prompt": "a", "best_of": 3}, "best_of", "not supported"),
-        ({"prompt": "a", "echo": True}, "echo", "not supported"),
-        ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"messages": USER, "best_of": 3}, "best_of", "not supported"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "not supported"),
+        ({"prompt": "a", "use_beam_search": True}, "use_beam_search", "not supported"),
+        ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
+        ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "[-2, 2]"),
+        ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "[-2, 2]"),
+        ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "over 0"),
+        ({"prompt": "a", "top_k": -2}, "top_k", "1 or more"),
+        ({"prompt": "a", "min_p": 1.5}, "min_p", "[0, 1]"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias", "[-100, 100]"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "no token id"),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias", "no token id"),
+        ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias", "not in"),
+        ({"messages": USER, "response_format": {"type": "xml"}}, "response_format.type", "one of"),
+        (
+            {"messages": USER, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema.schema",
+            "a JSON schema",
+        ),
+        ({"prompt": "a", "structured_outputs": {"wish": 1}}, "structured_outputs", "needs one of"),
+        (
+            {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}},
+            "structured_outputs",
+            "needs one of",
+        ),
+        (
+            {"prompt": "a", "structured_outputs": {"choice": []}},
+            "structured_outputs.choice",
+            "list of texts",
+        ),
+        ({"prompt": "a", "guided_regex": ""}, "guided_regex", "not empty"),
+        ({"prompt": "a", "guided_regex": "nothing"}, "guided_regex", "no text matches"),
+        ({"prompt": "a", "guided_regex": "a", "guided_json": {}}, "guided_regex", "exclude"),
+        ({"prompt": "a", "guided_regex": "a", "ignore_eos": True}, "ignore_eos", "exclude"),
+        ({"prompt": "a", "guided_regex": "a", "min_tokens": 2}, "min_tokens", "exclude"),
         ({"messages": []}, "messages", "must not be empty"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "is required"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "string or a list"),
@@ -318,8 +357,9 @@ def test_the_role_comes_once() -> None:
 # --- one choice -------------------------------------------------------------------------------
 
 
-def answer(*stops: str) -> Answer:
-    return Answer(Ask("r", "fake", (1,), 9), FakeText(), stops, None)
+def answer(*stops: str, include: bool = False) -> Answer:
+    style = Style(stops=stops, include_stop=include)
+    return Answer(Ask("r", "fake", (1,), 9), FakeText(), style, None)
 
 
 def test_a_stop_string_cuts_the_text_and_is_told_once() -> None:
@@ -329,10 +369,133 @@ def test_a_stop_string_cuts_the_text_and_is_told_once() -> None:
         growing.take((token,))
         told.append(growing.must_stop())
     growing.end = EndPiece("length", 1, 0, 9)
-    assert "".join(growing.parts) + growing.rest() == "hel"
+    assert "".join(growing.parts) + growing.rest().content == "hel"
     assert told.count(True) == 1
     assert told[4]
     assert growing.finish_reason == "stop"
+
+
+def test_a_stop_string_may_be_kept() -> None:
+    growing = answer("l", "lo", include=True)
+    growing.take(tuple(b"hello you"))
+    growing.end = EndPiece("length", 1, 0, 9)
+    growing.finish()
+    assert "".join(growing.parts) == "hel"
+    growing = answer("lo", include=True)
+    growing.take(tuple(b"hello you"))
+    assert "".join(growing.parts) == "hello"
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "hell"), (True, "hello")])
+def test_a_token_that_stops_has_no_text_unless_it_is_included(include: bool, text: str) -> None:
+    ask = Ask("r", "fake", (1,), 9, Sampling(stop_token_ids=(0, ord("o"))))
+    growing = Answer(ask, FakeText(), Style(include_stop=include), None)
+    growing.take(tuple(b"hello"))
+    assert "".join(growing.parts) == text
+
+
+def test_no_stop_string_before_min_tokens() -> None:
+    ask = Ask("r", "fake", (1,), 9, Sampling(min_tokens=6))
+    growing = Answer(ask, FakeText(), Style(stops=("l", "y")), None)
+    growing.take(tuple(b"hello you"))
+    assert "".join(growing.parts) + growing.rest().content == "hello "
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "given"),
+    [
+        ("top_k", 7, "top_k", 7),
+        ("top_k", -1, "top_k", 0),
+        ("min_p", 0.1, "min_p", 0.1),
+        ("presence_penalty", -2, "presence_penalty", -2),
+        ("frequency_penalty", 1.5, "frequency_penalty", 1.5),
+        ("repetition_penalty", 1.2, "repetition_penalty", 1.2),
+        ("min_tokens", 3, "min_tokens", 3),
+        ("logprobs", 0, "logprobs", 0),
+        ("logprobs", 5, "logprobs", 5),
+        ("logprobs", False, "logprobs", None),
+        ("logprobs", None, "logprobs", None),
+    ],
+)
+def test_a_sampling_field_reaches_the_engine(
+    field: str, value: Any, name: str, given: Any
+) -> None:
+    (ask,) = plan({"prompt": "a", field: value}).asks
+    assert getattr(ask.sampling, name) == given
+    assert (ask.steering, ask.sampling.single_step) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given"),
+    [
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 4}, 4),
+        ({"logprobs": False}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+    ],
+)
+def test_logprobs_of_a_chat(fields: dict[str, Any], given: int | None) -> None:
+    (ask,) = plan({"messages": USER, **fields}).asks
+    assert ask.sampling.logprobs == given
+
+
+OBJECT = '{"type": "object"}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"structured_outputs": {}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json", '{"type":"object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "é"}}}},
+            Grammar("json", '{"a": "é"}'),
+        ),
+        ({"structured_outputs": {"json": {"type": "object"}}}, Grammar("json", OBJECT)),
+        ({"guided_json": OBJECT}, Grammar("json", OBJECT)),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"guided_regex": "a+"}, Grammar("regex", "a+")),
+        ({"guided_choice": ['"', "b\n"]}, Grammar("lark", 'start: "\\"" | "b\\n"')),
+        ({"structured_outputs": {"choice": ["a"]}}, Grammar("lark", 'start: "a"')),
+        ({"guided_grammar": "root ::= x"}, Grammar("lark", "root ::= x")),
+    ],
+)
+def test_every_way_to_ask_for_a_form(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    for body in ({"messages": USER}, {"prompt": "a"}):
+        (ask,) = plan({**body, **fields}).asks
+        assert ask.steering == (None if grammar is None else Steering((), grammar))
+        assert ask.sampling.single_step == (grammar is not None)
+
+
+def test_a_bias_is_for_token_ids() -> None:
+    (ask,) = plan({"prompt": "a", "logit_bias": {"5": -100, "7": 1.5}}).asks
+    assert ask.steering == Steering(((5, -100.0), (7, 1.5)))
+
+
+def test_choices_of_each_prompt_count_their_seeds() -> None:
+    made = plan({"prompt": ["a", "b"], "n": 3, "seed": 5})
+    assert [ask.tokens for ask in made.asks] == [(97,)] * 3 + [(98,)] * 3
+    assert [ask.sampling.seed for ask in made.asks] == [5, 6, 7] * 2
+    assert len({ask.request_id for ask in made.asks}) == 6
+    unseeded = plan({"messages": USER, "n": 2})
+    assert [ask.sampling.seed for ask in unseeded.asks] == [None, None]
+
+
+@pytest.mark.parametrize("fields", [{"logprobs": True}, {"guided_regex": "a"}])
+def test_made_up_tokens_have_no_probabilities_and_no_form(fields: dict[str, Any]) -> None:
+    body = decode_chat(json.dumps({"model": "fake", "messages": USER, **fields}).encode())
+    with pytest.raises(BadField, match="engine fake makes its tokens up"):
+        asyncio.run(plan_chat(body, FakeDesk(FakeText(), made_up=True), Caller("r"), "r"))
+
+
+def test_usage_of_choices_counts_their_prompt_once() -> None:
+    choices = [answer() for _ in range(4)]
+    for one in choices:
+        one.end = EndPiece("stop", 5, 2, 3)
+    usage = usage_of(choices, 2)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (10, 12)
+    assert usage.prompt_tokens_details.cached_tokens == 4
 
 
 def test_usage_adds_up_over_choices() -> None:

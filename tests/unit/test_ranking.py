@@ -60,7 +60,7 @@ COMBINED = [
     ("overlap", 0.5, 0.0, 1.28 + 0.018),
     ("overlap", 2.0, 1.9, 2.0 + 0.018),
     ("streamed", 2.0, 0.0, 2.0 + 0.018),
-    ("streamed", 2.0, 0.5, 1.5 + 0.018),
+    ("streamed", 2.0, 0.5, 2.0 - 0.5 * 63 / 64 + 0.018),  # the last of 64 layers is never hidden
     ("streamed", 2.0, 1.0, 1.28 + 0.018),
     ("streamed", 2.0, 9.0, 1.28 + 0.018),
 ]

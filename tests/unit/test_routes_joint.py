@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.core.specs import RouteSpec
+from kvasir.policy.route.netkv import LAYERS
 from tests.route_views import FakeView, FakeWorker, choose, workers
 
 DECODE_S = 0.012  # first step on an idle worker, 1000 tokens of context
@@ -96,7 +97,7 @@ def test_it_is_the_best_of_all(queues, decoding, moves, ahead) -> None:
         seen = {
             "serial": move + queue_s,
             "overlap": max(move, queue_s),
-            "streamed": max(move - 1.0, queue_s),
+            "streamed": max(move / LAYERS, move - 1.0 + 1.0 / LAYERS, queue_s),
         }
         return p.prefill_s + 1.0 + seen[ahead] + first_s
 

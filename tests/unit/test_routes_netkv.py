@@ -1,5 +1,7 @@
 """NetKV: its sum, its three ways to combine, and the oracle arm that each name asks."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvasir.core.specs import RouteSpec
@@ -44,6 +46,16 @@ def test_costs_combine(cost: str, ahead_s: float, chosen: str) -> None:
     pool = workers(far={}, near={"decoding": 8, "iteration_s": 0.01})
     view = decode(0.4, 0.3, pool=pool, spec=RouteSpec(cost=cost), prefill_ahead_s=ahead_s)
     assert choose("netkv", view).worker == chosen
+
+
+def test_of_two_transfers_that_prefill_hides_the_shorter_counts_less() -> None:
+    """Both fit into 1 s of prefill, but for their last layer: 6.25 and 1.6 ms."""
+    hidden = decode(0.4, 0.1, spec=RouteSpec(cost="streamed"), prefill_ahead_s=1.0)
+    assert choose("netkv", hidden).worker == "near"
+    busier = workers(far={}, near={"context_tokens": 4000})  # 4 ms more a step
+    assert choose("netkv", replace(hidden, candidates=busier)).worker == "near"
+    busy = workers(far={}, near={"context_tokens": 5000})
+    assert choose("netkv", replace(hidden, candidates=busy)).worker == "far"
 
 
 ARMS = {

@@ -33,6 +33,7 @@ from kvasir.core.messages import (
     TransferReport,
     Welcome,
 )
+from kvasir.core.request import Sampling
 from kvasir.node.config import WorkerConfig
 from kvasir.node.work import Stage
 from kvasir.node.worker import Worker
@@ -606,6 +607,36 @@ def test_a_newcomer_ends_a_run_of_steps_once() -> None:
     joined = w(over(run, 2)).one(Step)
     assert [(r.request_id, r.count) for r in joined.rows] == [("b", 10), ("c", 10)]
     assert joined.carried == 1, "a goes on without being named"
+
+
+def test_no_runs_of_steps_while_one_wants_single_steps() -> None:
+    """`Sampling.single_step`, as a grammar has it: also while it is recomputed, and not after."""
+    w = worker()
+    w(over(begin(w, "a").one(Step)))
+    assert w.heard.of(Step)[-1].steps > 1
+    begin(w, "g", tokens=9, output=4, sampling=Sampling(single_step=True))
+    joined = w(over(w.heard.of(Step)[-1], 2)).one(Step)
+    assert [row.request_id for row in joined.rows] == ["g"]
+    for _ in range(3):
+        step = w(over(w.heard.of(Step)[-1])).one(Step)
+        assert step.steps == 1 and step.carried + len(step.rows) == 2
+        w.node.check()
+    after = w(over(step, ends=["g"])).one(Step)
+    assert after.steps > 1 and after.carried == 1
+    w.node.check()
+
+
+def test_single_steps_from_the_first_one_on() -> None:
+    w = worker()
+    sampling = Sampling(single_step=True)
+    w(dispatch(request("g", sampling=sampling), "decode"))
+    w(prompt(10, "g"))
+    step = w(Received("g", 1, True, 120, 0.05, "shm", report=PREFILL_REPORT)).one(Step)
+    assert step.steps == 1
+    chunked = worker(chunk_tokens=9)
+    begin(chunked, "g", tokens=10, sampling=sampling)
+    last = chunked(over(chunked.heard.of(Step)[-1])).one(Step)
+    assert (last.rows[0].start, last.rows[0].count, last.steps) == (9, 1, 1)
 
 
 def test_only_what_can_join_ends_a_run() -> None:

@@ -61,6 +61,18 @@ class Prefilled(Event, frozen=True):
     computed_tokens: int
 
 
+class PrefixUsed(Event, frozen=True):
+    """Of `input_tokens` that were prefilled, `hit_tokens` were cached where that was done (or came
+    from a peer), and `attainable_tokens` in the longest cached prefix on any worker when the
+    conductor routed. Hits can be more than attainable: blocks come while a request waits."""
+
+    worker: WorkerId
+    request_id: RequestId
+    input_tokens: int
+    hit_tokens: int
+    attainable_tokens: int
+
+
 class Shipped(Event, frozen=True):
     request_id: RequestId
     source: WorkerId
@@ -115,6 +127,6 @@ class Closed(Event, frozen=True):
 
 
 AnyEvent = (
-    WorkerJoined | WorkerLeft | Queued | Routed | Rejected | Prefilled | Shipped | TransferFailed
-    | Preempted | Recomputed | Retried | Closed
+    WorkerJoined | WorkerLeft | Queued | Routed | Rejected | Prefilled | PrefixUsed | Shipped
+    | TransferFailed | Preempted | Recomputed | Retried | Closed
 )  # fmt: skip

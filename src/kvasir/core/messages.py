@@ -22,14 +22,16 @@ from typing import Literal
 import msgspec
 
 from kvasir.core.ids import BlockKey, Epoch, Incarnation, NodeId, RequestId, StepId, WorkerId
-from kvasir.core.request import Request
+from kvasir.core.request import Request, Steering
 
 WIRE_VERSION = 1
 
 Path = Literal["disaggregated", "aggregated"]
 Phase = Literal["prefill", "decode", "both"]
 HandOver = Literal["prefill_then_pull", "both_at_once", "through_store", "none"]
+TextEnd = Literal["", "stop", "length", "failed"]  # failed: no token continues its grammar
 EndReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
+Tier = Literal["device", "host", "disk"]  # of a worker's KV, fastest first
 
 
 class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
@@ -154,6 +156,8 @@ class GatewayBeat(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
+    """`kv_events`: tells what its cache holds; of one that does not, the conductor guesses."""
+
     worker: WorkerId
     incarnation: Incarnation
     roles: tuple[str, ...]
@@ -164,6 +168,7 @@ class Hello(Message, frozen=True):
     hand_over: HandOver = "both_at_once"
     kv_layout: str = ""
     pool: str = ""
+    kv_events: bool = True
 
 
 class Welcome(Message, frozen=True):
@@ -263,7 +268,9 @@ class Load(Message, frozen=True):
 
 
 class KvEvents(Message, frozen=True):
-    """Blocks that appeared in or vanished from a worker's cache. `reset`: start from nothing."""
+    """Blocks that appeared in or vanished from one tier of a worker's cache; `seq` counts over all
+    tiers. `reset`: start from nothing, on every tier. Of a chain, `added` in its order and
+    `removed` tail first make the index quick; any order is right."""
 
     worker: WorkerId
     incarnation: Incarnation
@@ -271,6 +278,7 @@ class KvEvents(Message, frozen=True):
     added: tuple[BlockKey, ...] = ()
     removed: tuple[BlockKey, ...] = ()
     reset: bool = False
+    tier: Tier = "device"
 
 
 class KvResync(Message, frozen=True):
@@ -319,18 +327,30 @@ class Prompt(Message, frozen=True):
     attempt: int
     count: int
     tokens: bytes = b""
+    steering: Steering | None = None
+
+
+class Logprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """The natural log-probability of one drawn token, and the likeliest tokens in its place (id,
+    log-probability), likeliest first: of the model's own distribution, before any sampling value.
+    """
+
+    drawn: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Drawn(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """`count` tokens from position `index` of one request's output; `tokens` as in `Prompt`. `end`:
-    the last of them ends the text, whether `Done` arrives or not."""
+    the last of them ends the text, whether `Done` arrives or not. `logprobs`: one a token, or none
+    if they were not asked for."""
 
     request_id: RequestId
     attempt: int
     index: int
     count: int
     tokens: bytes = b""
-    end: Literal["", "stop", "length"] = ""
+    end: TextEnd = ""
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class Tokens(Message, frozen=True):
@@ -384,7 +404,7 @@ class RowDone(msgspec.Struct, frozen=True, gc=False):
     request_id: RequestId
     attempt: int
     sampled: int
-    end: Literal["", "stop", "length"] = ""
+    end: TextEnd = ""
     keys: tuple[BlockKey, ...] = ()
 
 
@@ -449,9 +469,9 @@ AnyMessage = (
 
 
 def bare(message: AnyMessage) -> AnyMessage:
-    """The message as a node may see it: without token ids and addresses."""
+    """The message as a node may see it: without token ids (or wishes about them) and addresses."""
     if isinstance(message, Prompt):
-        return msgspec.structs.replace(message, tokens=b"")
+        return msgspec.structs.replace(message, tokens=b"", steering=None)
     if isinstance(message, Tokens):
         return Tokens(
             tuple(

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
 from kvasir.core.effects import Step
 from kvasir.core.ids import BlockId, NodeId, RequestId
-from kvasir.core.messages import RowDone
+from kvasir.core.messages import Logprobs, RowDone, TextEnd
+from kvasir.core.request import Steering
 from kvasir.core.specs import LayerSpec
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Plane = NDArray[np.uint8]
-
-End = Literal["", "stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,8 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
     index: int
     token: int
     gateway: NodeId
-    end: End
+    end: TextEnd
+    logprobs: Logprobs | None = None
 
 
 class StepResult(NamedTuple):
@@ -103,6 +103,7 @@ class Runner(Protocol):
         tokens: Sequence[int],
         keys_count: int,
         salt: bytes,
+        steering: Steering | None = None,
     ) -> None:
         """Give prompt and already emitted tokens. They precede any token appended before.
 
@@ -133,7 +134,8 @@ class Runner(Protocol):
         iteration then moves start and index on by one. The step ends after the first iteration in
         which a row ended, `steps` is reached, or `cut` said so. A row ends with "stop" when its
         token is in `stop_token_ids` or is EOS (unless `ignore_eos`), else with "length" when
-        index + 1 >= end_at.
+        index + 1 >= end_at. Under a grammar it ends with "stop" also when nothing may follow, and
+        with "failed" when nothing can.
 
         `RowDone.keys` names the full blocks that follow those named before: beyond `keys_count` at
         first, then each block once and in order, wherever its KV was made. Sampled text depends on

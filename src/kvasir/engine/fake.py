@@ -8,6 +8,9 @@ stands in the wrong place of a table gives wrong tokens, as it would with a mode
     h(i)     = h(i-1) * M + (token(i) + 1) * C      mod 2^64, h(-1) = 0
     kv(p, i) = h(i) ^ salt(p)                       plane p = 2 * layer + (0 for K, 1 for V)
     next     = mix(sum over p, i of kv(p, i) * (2 i + 1)  +  index * G)
+
+To load links as a model would, each hash may be kept several times over: `kv_token_bytes`. A copy
+that differs gives wrong tokens too.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy as np
 
 from kvasir.core.specs import LayerSpec
 from kvasir.engine.base import RunnerSpec
-from kvasir.engine.steps import AttemptRunner, BlockTable, Work
+from kvasir.engine.steps import AttemptRunner, BlockTable, Choice, Work
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,15 +70,18 @@ class FakeRunner(AttemptRunner):
         draw_eos: bool = False,
         seconds: Seconds = no_time,
         sleep: Callable[[float], None] = time.sleep,
+        kv_token_bytes: int = KV_TOKEN_BYTES,
     ) -> None:
-        layer = LayerSpec(kv_heads=1, head_dim=WORD_BYTES, dtype="int8")
+        copies = kv_token_bytes // KV_TOKEN_BYTES
+        assert copies and kv_token_bytes % KV_TOKEN_BYTES == 0, kv_token_bytes
+        layer = LayerSpec(kv_heads=copies, head_dim=WORD_BYTES, dtype="int8")
         name = f"fake:{vocab}:{sorted(eos_token_ids)}:{draw_eos}"
         super().__init__(
             RunnerSpec(
                 layers=(layer,) * LAYERS,
                 block_size=block_size,
                 blocks_count=blocks_count,
-                kv_token_bytes=KV_TOKEN_BYTES,
+                kv_token_bytes=kv_token_bytes,
                 vocab=vocab,
                 context_max=context_max,
                 eos_token_ids=tuple(eos_token_ids),
@@ -84,16 +90,16 @@ class FakeRunner(AttemptRunner):
         )
         self._drawn = _drawn(vocab, eos_token_ids, draw_eos)
         self._seconds, self._sleep = seconds, sleep
-        self._words: Words = np.zeros((PLANES, blocks_count * block_size), dtype=np.uint64)
+        self._words: Words = np.zeros((PLANES, blocks_count * block_size, copies), dtype=np.uint64)
 
     def planes(self) -> list[list[Plane]]:
-        """Per layer K and V, uint8 [blocks, 8 * block_size]: views, not copies."""
+        """Per layer K and V, uint8 [blocks, kv_token_bytes / 4 * block_size]: views, not copies."""
         planes = self._words.view(np.uint8).reshape(PLANES, self.spec.blocks_count, -1)
         return [[planes[2 * layer], planes[2 * layer + 1]] for layer in range(LAYERS)]
 
     def _compute(
         self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
-    ) -> list[int]:
+    ) -> list[Choice]:
         seconds = self._seconds([(work.count, work.start) for work in works]) / LAYERS
         for layer in range(LAYERS):
             if seconds > 0:
@@ -101,7 +107,7 @@ class FakeRunner(AttemptRunner):
             for work in works:
                 self._write(layer, work)
             layer_done(layer)
-        return [self._next(work) for work in works if work.row.sample]
+        return [Choice(self._next(work)) for work in works if work.row.sample]
 
     def _write(self, layer: int, work: Work) -> None:
         slots = self._slots(work.attempt.table, work.end)
@@ -109,13 +115,15 @@ class FakeRunner(AttemptRunner):
         for plane in (2 * layer, 2 * layer + 1):
             salt = np.uint64(SALTS[plane])
             words = self._words[plane]
-            before = words[slots[work.start - 1]] ^ salt if work.start else np.uint64(0)
-            words[slots[work.start :]] = running_hash(before, tokens) ^ salt
+            before = words[slots[work.start - 1], 0] ^ salt if work.start else np.uint64(0)
+            words[slots[work.start :]] = (running_hash(before, tokens) ^ salt)[:, None]
 
     def _next(self, work: Work) -> int:
         seen = self._words[:, self._slots(work.attempt.table, work.end)]
         weights = np.arange(1, 2 * work.end, 2, dtype=np.uint64)
-        total = int((seen * weights).sum(dtype=np.uint64))
+        total = int((seen[..., 0] * weights).sum(dtype=np.uint64))
+        if seen.shape[-1] > 1:  # copies are equal, and add nothing
+            total += int((seen[..., 1:] ^ seen[..., :1]).sum(dtype=np.uint64))
         return self._drawn[_mix(total, work.index) % len(self._drawn)]
 
     def _slots(self, table: BlockTable, end: int) -> NDArray[np.intp]:

@@ -1,8 +1,10 @@
 """Draws tokens from logits. Knows a request's sampling values; must not know text or neighbours.
 
-One number in [0, 1) decides a draw: a hash of (seed, output index), or without a seed of (request
-id, output index). It is looked up in the row's cumulative distribution, in the order of token ids.
-So a request's text is the same alone, in any batch, and resumed elsewhere.
+Guides (penalties, bias, grammars; engine.guide) change logits first; then temperature, top-k, top-p
+and min-p, in this order. One number in [0, 1) decides a draw: a hash of (seed, output index), or
+without a seed of (request id, output index). It is looked up in the row's cumulative distribution,
+in the order of token ids. So a request's text is the same alone, in any batch, and resumed
+elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 
 from kvasir.core.ids import RequestId
 from kvasir.core.request import Sampling
+from kvasir.engine.guide import Guide
 
 NUCLEUS_GUESS = 1024  # tokens looked at first; a nucleus that holds more has all of them sorted
 
@@ -22,15 +25,17 @@ TEMPERATURE_MIN = 1e-30  # greedy in effect, and logits divided by it are finite
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
-    """Output token `index` of a request is wanted."""
+    """Output token `index` of a request is wanted. `guide` has followed the tokens before it."""
 
     request_id: RequestId
     index: int
     sampling: Sampling
+    guide: Guide | None = None
 
 
 def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token id per row of `logits`, float32 of shape [rows, vocab]."""
+    """One token id per row of `logits`, float32 of shape [rows, vocab], which stays as it is."""
+    logits = _guided(logits, draws)
     tokens = logits.argmax(dim=-1)
     warm = [i for i, one in enumerate(draws) if one.sampling.temperature > 0]
     if warm:
@@ -46,20 +51,43 @@ def uniform(draw: Draw) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+def _guided(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    rows = [(i, one.guide) for i, one in enumerate(draws) if one.guide is not None]
+    if rows:
+        logits = logits.clone()
+    for i, guide in rows:
+        guide.shape(logits[i])
+    return logits
+
+
 def _draw_warm(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Temperature, then nucleus, then the inverse of the cumulative distribution."""
-    temperature = torch.tensor([[max(one.sampling.temperature, TEMPERATURE_MIN)] for one in draws])
-    probs = (logits / temperature).softmax(dim=-1)
-    nucleus = [i for i, one in enumerate(draws) if one.sampling.top_p < 1]
-    if nucleus:
-        top_p = torch.tensor([[draws[i].sampling.top_p] for i in nucleus], dtype=torch.float64)
-        part = probs[nucleus]
-        probs[nucleus] = part.where(part >= _nucleus_floor(part, top_p), 0)
+    """The inverse of the cumulative distribution, at each row's number."""
+    probs = _probs(logits, [one.sampling for one in draws])
     mass = probs.cumsum(dim=-1, dtype=torch.float64)
     total = mass[:, -1:]
     # A number below 1 with 53 bits times a total rounds to less than the total, so `at` is a token.
     at = torch.tensor([[uniform(one)] for one in draws], dtype=torch.float64) * total
     return torch.searchsorted(mass, at, right=True).squeeze(-1)
+
+
+def _probs(logits: torch.Tensor, sampling: Sequence[Sampling]) -> torch.Tensor:
+    """What is left of each row's distribution, not normalised: temperature, top-k, top-p, min-p."""
+    logits = logits / torch.tensor([[max(one.temperature, TEMPERATURE_MIN)] for one in sampling])
+    vocab = logits.shape[-1]
+    for i, one in enumerate(sampling):
+        if 0 < one.top_k < vocab:
+            row = logits[i]
+            logits[i] = row.where(row >= row.topk(one.top_k).values[-1], float("-inf"))
+    probs = logits.softmax(dim=-1)
+    nucleus = [i for i, one in enumerate(sampling) if one.top_p < 1]
+    if nucleus:
+        top_p = torch.tensor([[sampling[i].top_p] for i in nucleus], dtype=torch.float64)
+        part = probs[nucleus]
+        probs[nucleus] = part.where(part >= _nucleus_floor(part, top_p), 0)
+    for i, one in enumerate(sampling):
+        if one.min_p > 0:
+            probs[i] = probs[i].where(probs[i] >= one.min_p * probs[i].max(), 0)
+    return probs
 
 
 def _nucleus_floor(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

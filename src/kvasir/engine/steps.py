@@ -9,15 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from kvasir.core.effects import Row, Step
 from kvasir.core.ids import BlockId, BlockKey, RequestId
 from kvasir.core.keys import extend_keys
-from kvasir.core.messages import RowDone
-from kvasir.core.request import Sampling
-from kvasir.engine.base import End, RunnerSpec, Sampled, StepHooks, StepResult
+from kvasir.core.messages import Logprobs, RowDone, TextEnd
+from kvasir.core.request import Sampling, Steering
+from kvasir.engine.base import RunnerSpec, Sampled, StepHooks, StepResult
+
+if TYPE_CHECKING:
+    from kvasir.engine.guide import Guide
 
 DEFAULT_SAMPLING = Sampling()
 
@@ -51,6 +55,8 @@ class Attempt:
     keys_count: int = 0
     salt: bytes = b""
     keys: list[BlockKey] = field(default_factory=list)
+    steering: Steering | None = None
+    guide: Guide | None = None  # a runner that draws keeps here what it knows of the output
 
     def keys_filled(self, end: int, block_size: int) -> tuple[BlockKey, ...]:
         """Keys of the blocks before position `end` that the scheduler does not know yet. Each is
@@ -97,6 +103,14 @@ class Work(msgspec.Struct, frozen=True):
         return self.attempt.tokens[self.start : self.end]
 
 
+class Choice(NamedTuple):
+    """The token drawn for a row. `end`: the row's grammar ends it here."""
+
+    token: int
+    logprobs: Logprobs | None = None
+    end: TextEnd = ""
+
+
 class AttemptRunner(ABC):
     """Base of the runners here; with `planes` and `_compute` it is a `Runner` (see engine.base)."""
 
@@ -108,10 +122,10 @@ class AttemptRunner(ABC):
     @abstractmethod
     def _compute(
         self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
-    ) -> list[int]:
+    ) -> list[Choice]:
         """Write KV of all works, calling `layer_done` after each layer; draw for those that sample.
 
-        Returns one token for each work with `row.sample`, in order.
+        Returns one choice for each work with `row.sample`, in order.
         """
 
     def open(
@@ -121,6 +135,7 @@ class AttemptRunner(ABC):
         tokens: Sequence[int],
         keys_count: int,
         salt: bytes,
+        steering: Steering | None = None,
     ) -> None:
         self._known_tokens(tokens)
         one = self._attempt(request_id, attempt)
@@ -128,6 +143,7 @@ class AttemptRunner(ABC):
             return
         one.tokens[:0] = tokens
         one.opened, one.keys_count, one.salt = True, keys_count, salt
+        one.steering = steering
 
     def append(self, request_id: RequestId, attempt: int, token: int) -> None:
         self._known_tokens((token,))
@@ -183,7 +199,7 @@ class AttemptRunner(ABC):
             lanes.append(Lane(row, attempt, row.start, row.count, row.index))
         return lanes + others
 
-    def _carry(self, lanes: Sequence[Lane], ends: Sequence[End]) -> None:
+    def _carry(self, lanes: Sequence[Lane], ends: Sequence[TextEnd]) -> None:
         for lane, end in zip(lanes, ends, strict=True):
             key = (lane.row.request_id, lane.row.attempt)
             if lane.row.stays and not end:
@@ -202,25 +218,29 @@ class AttemptRunner(ABC):
             assert end == known or not row.sample, f"{name}: samples at {end} of {known} tokens"
             assert end <= self.spec.context_max, f"{name}: {end} is beyond the model's context"
 
-    def _record(self, works: Sequence[Work], tokens: list[int], hooks: StepHooks) -> list[End]:
+    def _record(
+        self, works: Sequence[Work], choices: list[Choice], hooks: StepHooks
+    ) -> list[TextEnd]:
         """Append and announce this iteration's tokens. Returns each row's end."""
-        drawn = iter(tokens)
-        ends: list[End] = []
+        drawn = iter(choices)
+        ends: list[TextEnd] = []
         batch = []
         for work in works:
             row, index = work.row, work.index
             if not row.sample:
                 ends.append("")
                 continue
-            token = next(drawn)
+            token, logprobs, end = next(drawn)
             work.attempt.tokens.append(token)
-            ends.append(end := end_of(row, index, token, self.spec.eos_token_ids))
-            batch.append(Sampled(row.request_id, row.attempt, index, token, row.gateway, end))
+            ends.append(end := end or end_of(row, index, token, self.spec.eos_token_ids))
+            batch.append(
+                Sampled(row.request_id, row.attempt, index, token, row.gateway, end, logprobs)
+            )
         assert next(drawn, None) is None, "more tokens than rows that sample"
         hooks.sampled(batch)
         return ends
 
-    def _row_done(self, last: Work, end: End, iterations: int) -> RowDone:
+    def _row_done(self, last: Work, end: TextEnd, iterations: int) -> RowDone:
         row = last.row
         return RowDone(
             request_id=row.request_id,
@@ -242,13 +262,17 @@ class AttemptRunner(ABC):
         assert not blocks or 0 <= min(blocks) <= max(blocks) < count, f"a block not in [0, {count})"
 
 
-def end_of(row: Row, index: int, token: int, eos_token_ids: Sequence[int]) -> End:
+def end_of(row: Row, index: int, token: int, eos_token_ids: Sequence[int]) -> TextEnd:
     """Why a row is over after output token `index` was `token`; empty when it is not."""
-    sampling = row.sampling or DEFAULT_SAMPLING
-    eos = token in eos_token_ids and not sampling.ignore_eos
-    if eos or token in sampling.stop_token_ids:
+    if token in stop_tokens(row.sampling or DEFAULT_SAMPLING, eos_token_ids):
         return "stop"
     return "length" if index + 1 >= row.end_at else ""
+
+
+def stop_tokens(sampling: Sampling, eos_token_ids: Sequence[int]) -> Sequence[int]:
+    """Tokens that end a text."""
+    own = sampling.stop_token_ids
+    return own if sampling.ignore_eos else (*own, *eos_token_ids)
 
 
 def _ignore(layer: int) -> None:

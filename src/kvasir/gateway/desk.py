@@ -31,7 +31,7 @@ from kvasir.core.messages import (
     Report,
     Tokens,
 )  # fmt: skip
-from kvasir.core.request import Request, Slo
+from kvasir.core.request import Request, Slo, Steering
 from kvasir.core.specs import Deployment
 from kvasir.gateway.port import (
     Ask,
@@ -55,10 +55,11 @@ PERFORMS = (fx.Tell, fx.Timer, fx.Reply, fx.Refuse, fx.Note)
 class Open:
     """One request that a client waits for."""
 
-    __slots__ = ("emitted", "ended", "pieces", "prompt", "report")
+    __slots__ = ("emitted", "ended", "pieces", "prompt", "report", "steering")
 
-    def __init__(self, prompt: tuple[int, ...]) -> None:
+    def __init__(self, prompt: tuple[int, ...], steering: Steering | None) -> None:
         self.prompt = prompt
+        self.steering = steering
         self.emitted: array[int] = array("I")
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self.report: Report | None = None
@@ -95,7 +96,7 @@ class LiveDesk:
     # --- the Desk ---------------------------------------------------------------------------------
 
     def submit(self, ask: Ask) -> Pieces:
-        found = self._open[ask.request_id] = Open(ask.tokens)
+        found = self._open[ask.request_id] = Open(ask.tokens, ask.steering)
         self.host.feed(Arrive(self._request(ask)))
         return _Pieces(self, ask.request_id, found)
 
@@ -110,9 +111,12 @@ class LiveDesk:
         from kvasir.cost.catalog import shape_of
 
         return [
-            ModelCard(m.name, self._created, m.max_context or shape_of(m).max_context)
+            ModelCard(
+                m.name, self._created, m.max_context or shape_of(m).max_context,
+                made_up=self._deployment.engine == "fake", reasons=m.reasoning_parser is not None,
+            )
             for m in self._deployment.models
-        ]
+        ]  # fmt: skip
 
     def health(self) -> Health:
         return self._health()
@@ -171,7 +175,9 @@ class LiveDesk:
             found = self._open[message.request_id]
             tokens = (array("I", found.prompt) + found.emitted)[: message.count]
             assert len(tokens) == message.count, (len(tokens), message.count)
-            message = msgspec.structs.replace(message, tokens=tokens.tobytes())
+            message = msgspec.structs.replace(
+                message, tokens=tokens.tobytes(), steering=found.steering
+            )
         self._bus.tell(self.id, effect.to, message)
 
     def _reply(self, effect: fx.Reply) -> None:
@@ -181,10 +187,11 @@ class LiveDesk:
         if effect.count:
             incoming = self._incoming[effect.request_id]
             assert effect.first == len(found.emitted)
-            new = array("I", incoming.tokens)[effect.first - incoming.index :]
+            skipped = effect.first - incoming.index  # they came before
+            new = array("I", incoming.tokens)[skipped:]
             assert len(new) == effect.count
             found.emitted.extend(new)
-            found.pieces.put_nowait(TokensPiece(tuple(new)))
+            found.pieces.put_nowait(TokensPiece(tuple(new), incoming.logprobs[skipped:]))
         else:
             life = self._node.lives[effect.request_id]
             found.pieces.put_nowait(

@@ -12,23 +12,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 from starlette.types import Receive, Send
 
 from kvasir.gateway.answer import Answer, timing_of, usage_of
 from kvasir.gateway.errors import Header, HttpError, Refused, of_end, of_fail, of_status
-from kvasir.gateway.fanin import Tagged, merge
+from kvasir.gateway.fanin import Follower, Leader, Tagged, merge
 from kvasir.gateway.openai import Plan
-from kvasir.gateway.port import Desk, EndPiece, FailPiece, PlacedPiece, TokensPiece
+from kvasir.gateway.port import Desk, EndPiece, FailPiece, Pieces, PlacedPiece, TokensPiece
 from kvasir.gateway.schema import (
     ChatAnswer,
     ChatChoice,
+    ChatLogprobs,
     ChatMessage,
     CompletionAnswer,
     CompletionChoice,
+    CompletionLogprobs,
 )
 from kvasir.gateway.sse import DONE, Chunks, Shared, error_event, timing_part
 from kvasir.observe.metrics import Metrics
@@ -137,20 +140,20 @@ class Exchange:
         self._shared: Shared | None = None
         if plan.stream:
             self._shared = Shared(
-                chat=plan.chat,
+                chat=plan.style.chat,
                 answer_id=self._answer_id,
                 created=self._created,
                 model=plan.model,
                 usage=plan.include_usage,
             )
         self._answers = [
-            Answer(ask, plan.text, plan.stops, self._chunks(i, ask.tokens))
+            Answer(ask, plan.text, plan.style, self._chunks(i, ask.tokens))
             for i, ask in enumerate(plan.asks)
         ]
 
     @property
     def _answer_id(self) -> str:
-        return ("chatcmpl-" if self._plan.chat else "cmpl-") + self._reply.request_id
+        return ("chatcmpl-" if self._plan.style.chat else "cmpl-") + self._reply.request_id
 
     def _chunks(self, index: int, prompt: tuple[int, ...]) -> Chunks | None:
         if self._shared is None:
@@ -160,7 +163,7 @@ class Exchange:
     async def run(self) -> None:
         """Answers, or raises Refused. However it ends, the desk's pieces are closed."""
         answers, write = self._answers, self._reply.send
-        sources = [self._desk.submit(answer.ask) for answer in answers]
+        sources = self._sources()
         pieces = sources[0] if len(sources) == 1 else merge(sources)
         left, answer = len(answers), answers[0]
         # One frame for the whole loop, because each frame is walked again for every token; `type`,
@@ -170,7 +173,7 @@ class Exchange:
                 if type(piece) is Tagged:
                     answer, piece = answers[piece.index], piece.piece
                 if type(piece) is TokensPiece:
-                    events = answer.take(piece.tokens)
+                    events = answer.take(piece.tokens, piece.logprobs)
                     if events:
                         body = {"type": "http.response.body", "body": events, "more_body": True}
                         await write(body)
@@ -190,6 +193,20 @@ class Exchange:
         finally:
             await pieces.aclose()
 
+    def _sources(self) -> list[Pieces]:
+        """One a choice. All but the first choice of a prompt wait until that prompt is cached."""
+        submit, n = self._desk.submit, self._plan.n
+        if n == 1:
+            return [submit(answer.ask) for answer in self._answers]
+        sources: list[Pieces] = []
+        for i, answer in enumerate(self._answers):
+            if i % n == 0:
+                ready = asyncio.Event()
+                sources.append(Leader(submit(answer.ask), ready))
+            else:
+                sources.append(Follower(partial(submit, answer.ask), ready))
+        return sources
+
     def _count(self, answer: Answer, tokens: int) -> None:
         now, last = self._clock(), answer.last_at
         answer.last_at = now
@@ -206,49 +223,57 @@ class Exchange:
         if piece.reason not in ("stop", "length"):
             raise Refused(of_end(piece))
         answer.end = piece
-        rest = answer.rest()
         if self._shared is None:
-            answer.parts.append(rest)
+            answer.finish()
             if not left:
                 await self._whole()
             return
         assert answer.chunks is not None
+        reasoning, rest = answer.rest()
+        last = partial(answer.chunks.last, rest, answer.finish_reason, reasoning=reasoning)
         timing = b"" if left or not self._plan.timing else timing_part(timing_of(self._answers))
         if left:
-            await self._reply.write(answer.chunks.last(rest, answer.finish_reason))
+            await self._reply.write(last())
         elif self._plan.include_usage:
-            last = answer.chunks.last(rest, answer.finish_reason)
-            usage = self._shared.usage(usage_of(self._answers), timing)
-            await self._reply.close(last + usage + DONE)
+            usage = self._shared.usage(usage_of(self._answers, self._plan.n), timing)
+            await self._reply.close(last() + usage + DONE)
         else:
-            await self._reply.close(answer.chunks.last(rest, answer.finish_reason, timing) + DONE)
+            await self._reply.close(last(timing) + DONE)
 
     async def _whole(self) -> None:
-        body = _encode(self._chat_answer() if self._plan.chat else self._completion_answer())
+        chat = self._plan.style.chat
+        body = _encode(self._chat_answer() if chat else self._completion_answer())
         first = self._answers[0]
         path = (first.end.path if first.end else "") or first.path
         await self._reply.whole(200, body, [(b"x-kvasir-path", path.encode())])
 
     def _chat_answer(self) -> ChatAnswer:
-        (answer,) = self._answers
         ids = self._plan.token_ids
-        message = ChatMessage("".join(answer.parts))
-        choice = ChatChoice(0, message, answer.finish_reason)
-        choice.token_ids = answer.ids if ids else msgspec.UNSET
+        choices = []
+        for i, answer in enumerate(self._answers):
+            message = ChatMessage("".join(answer.parts))
+            if answer.reasons:
+                message.reasoning_content = "".join(answer.thoughts)
+            logprobs = cast(ChatLogprobs | None, answer.logprobs())
+            choice = ChatChoice(i, message, answer.finish_reason, logprobs)
+            choice.token_ids = answer.ids if ids else msgspec.UNSET
+            choices.append(choice)
         return ChatAnswer(
             id=self._answer_id,
             created=self._created,
             model=self._plan.model,
-            choices=[choice],
-            usage=usage_of(self._answers),
-            prompt_token_ids=answer.ask.tokens if ids else msgspec.UNSET,
+            choices=choices,
+            usage=usage_of(self._answers, self._plan.n),
+            prompt_token_ids=self._answers[0].ask.tokens if ids else msgspec.UNSET,
             kvasir=timing_of(self._answers) if self._plan.timing else msgspec.UNSET,
         )
 
     def _completion_answer(self) -> CompletionAnswer:
         choices = []
         for i, answer in enumerate(self._answers):
-            choice = CompletionChoice(i, "".join(answer.parts), answer.finish_reason)
+            text = "".join(answer.parts)
+            logprobs = cast(CompletionLogprobs | None, answer.logprobs())
+            choice = CompletionChoice(i, text, answer.finish_reason, logprobs)
             if self._plan.token_ids:
                 choice.token_ids, choice.prompt_token_ids = answer.ids, answer.ask.tokens
             choices.append(choice)
@@ -257,7 +282,7 @@ class Exchange:
             created=self._created,
             model=self._plan.model,
             choices=choices,
-            usage=usage_of(self._answers),
+            usage=usage_of(self._answers, self._plan.n),
             kvasir=timing_of(self._answers) if self._plan.timing else msgspec.UNSET,
         )
 

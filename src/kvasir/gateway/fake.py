@@ -8,11 +8,13 @@ It keeps what it was asked, and which requests were stopped, ended, or left by t
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvasir.core.errors import NotFound, nearest
-from kvasir.core.messages import Path, PrefillReport, Report
+from kvasir.core.messages import Logprobs, Path, PrefillReport, Report
+from kvasir.core.request import Grammar
 from kvasir.gateway.port import (
     Ask,
     EndPiece,
@@ -49,8 +51,14 @@ class FakeText:
     def render(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
         return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
-    def detokenizer(self) -> FakeDetok:
+    def detokenizer(self, *, skip_special: bool = True) -> FakeDetok:
         return FakeDetok()
+
+    def token_bytes(self, token: int) -> bytes:
+        return chr(token).encode()
+
+    async def fault(self, grammar: Grammar) -> str:
+        return "no text matches it" if grammar.text == "nothing" else ""
 
 
 class FakeDesk:
@@ -76,12 +84,15 @@ class FakeDesk:
         fail: FailPiece | None = None,
         fail_at: int = -1,
         workers: Mapping[str, WorkerState] | None = None,
+        reasons: bool = False,
+        made_up: bool = False,
     ) -> None:
         self._text = text
         self.script, self.path, self.bundle = tuple(script), path, bundle
         self.placed_s, self.first_s, self.token_s = placed_s, first_s, token_s
         self.fail, self.fail_at = fail, fail_at
-        self._cards = [ModelCard(model, created=1_700_000_000, max_context=max_context)]
+        card = ModelCard(model, 1_700_000_000, max_context, made_up=made_up, reasons=reasons)
+        self._cards = [card]
         two: Mapping[str, WorkerState] = {"prefill-0": "ready", "decode-0": "ready"}
         self._workers = dict(two if workers is None else workers)
         self.asks: list[Ask] = []
@@ -138,7 +149,10 @@ class FakePieces:
             return self._last(desk.fail)
         tokens = self._script[sent : sent + desk.bundle]
         self._sent += len(tokens)
-        return TokensPiece(tokens)
+        asked = self._ask.sampling.logprobs
+        if asked is None:
+            return TokensPiece(tokens)
+        return TokensPiece(tokens, tuple(_logprobs(token, asked) for token in tokens))
 
     async def aclose(self) -> None:
         if not self._over:
@@ -172,6 +186,12 @@ class FakePieces:
             second_token_delay_s=desk.token_s,
             path=desk.path,
         )
+
+
+def _logprobs(token: int, top: int) -> Logprobs:
+    """Each token has half of what is left, then the code point after it."""
+    halves = tuple((token + i, math.log(0.5 ** (i + 1))) for i in range(top))
+    return Logprobs(math.log(0.5), halves)
 
 
 def _report(ask: Ask) -> Report:

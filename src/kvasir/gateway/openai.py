@@ -12,15 +12,17 @@ from typing import Any, Final
 import msgspec
 
 from kvasir.core.errors import NotFound, nearest
-from kvasir.core.request import Sampling
+from kvasir.gateway.answer import Style
+from kvasir.gateway.controls import Controls, controls_of, known_tokens
 from kvasir.gateway.port import Ask, Desk, ModelCard, Text
+from kvasir.gateway.reasoning import begins_inside
 from kvasir.gateway.schema import BadField, ChatBody, CompletionBody, unsupported
 
 PROMPTS_MAX: Final = 128
+CHOICES_MAX: Final = 128
 STOPS_MAX: Final = 64
 STOP_CHARS_MAX: Final = 1024
 COMPLETION_TOKENS_DEFAULT: Final = 16
-SEED_BITS: Final = 63
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -36,16 +38,17 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """One body, ready to run: an ask for each choice, and how the answer is to look."""
+    """One body, ready to run: an ask for each choice, and how the answer is to look. Of each prompt
+    there are `n` choices, one after another."""
 
-    chat: bool
     asks: tuple[Ask, ...]
+    n: int
     text: Text
+    style: Style
     stream: bool
     include_usage: bool
     token_ids: bool
     timing: bool
-    stops: tuple[str, ...]
 
     @property
     def model(self) -> str:
@@ -62,24 +65,28 @@ async def plan_chat(body: ChatBody, desk: Desk, caller: Caller, run_id: str) -> 
     )
     tokens = await text.encode(prompt, special=False)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    asks = (_ask(body, caller, text, card, run_id, tokens, asked, None),)
-    return _plan(body, asks, text)
+    controls = await controls_of(body, text, card)
+    style = _style(body)
+    grammar = controls.steering.grammar if controls.steering is not None else None
+    if card.reasons and grammar is None:  # a grammar binds an answer from its first token
+        style = msgspec.structs.replace(style, reasons=begins_inside(prompt))
+    one = _ask(body, caller, card, tokens, asked, None, controls)
+    return _plan(body, [one], text, style, run_id)
 
 
 async def plan_completion(body: CompletionBody, desk: Desk, caller: Caller, run_id: str) -> Plan:
     """Raises RequestError (400), NotFound (404)."""
     text, card = _served(body, desk)
-    prompts = _prompts(body.prompt)
-    asks = []
-    for i, prompt in enumerate(prompts):
+    controls = await controls_of(body, text, card)
+    default, asks = COMPLETION_TOKENS_DEFAULT, []
+    for prompt in _prompts(body.prompt):
         if isinstance(prompt, str):
             tokens = await text.encode(prompt, special=True)
         else:
-            tokens = _checked("prompt", prompt, text)
-        own_id = run_id if len(prompts) == 1 else f"{run_id}-{i}"
-        default = COMPLETION_TOKENS_DEFAULT
-        asks.append(_ask(body, caller, text, card, own_id, tokens, body.max_tokens, default))
-    return _plan(body, tuple(asks), text)
+            tokens = known_tokens("prompt", prompt, text)
+        one = _ask(body, caller, card, tokens, body.max_tokens, default, controls)
+        asks.append(one)
+    return _plan(body, asks, text, _style(body), run_id)
 
 
 def card_of(desk: Desk, model: str) -> ModelCard:
@@ -91,60 +98,94 @@ def card_of(desk: Desk, model: str) -> ModelCard:
     raise NotFound(f"no model {model!r} here", nearest=nearest(model, [c.id for c in cards]))
 
 
+INSTEAD: Final = {
+    "best_of": "n gives several choices; nothing ranks them",
+    "echo": "leave echo out: a prompt's own log-probabilities are not kept",
+    "use_beam_search": "n with a temperature gives several choices",
+}
+
+
 def _served(body: ChatBody | CompletionBody, desk: Desk) -> tuple[Text, ModelCard]:
     name = unsupported(body)
-    if name == "n":
-        raise BadField(f"n must be 1, not {body.n}", "n", next_step="send one request per choice")
     if name is not None:
-        raise BadField(f"{name} is not supported", name, next_step=f"leave {name} out")
+        instead = INSTEAD.get(name, f"leave {name} out")
+        raise BadField(f"{name} is not supported", name, next_step=instead)
     return desk.text(body.model), card_of(desk, body.model)
 
 
-def _plan(body: ChatBody | CompletionBody, asks: tuple[Ask, ...], text: Text) -> Plan:
+def _plan(
+    body: ChatBody | CompletionBody, prompts: Sequence[Ask], text: Text, style: Style, run_id: str
+) -> Plan:
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= CHOICES_MAX // len(prompts):
+        most = f"{CHOICES_MAX} choices in all, prompts times n"
+        raise BadField(f"n must be at least 1 and make at most {most}, not {n}", "n")
+    asks = [_choice(ask, j) for ask in prompts for j in range(n)]
+    if len(asks) > 1:
+        asks = [msgspec.structs.replace(a, request_id=f"{run_id}-{i}") for i, a in enumerate(asks)]
+    else:
+        asks = [msgspec.structs.replace(asks[0], request_id=run_id)]
     stream = bool(body.stream)
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return Plan(
-        chat=isinstance(body, ChatBody),
-        asks=asks,
+        asks=tuple(asks),
+        n=n,
         text=text,
+        style=style,
         stream=stream,
         include_usage=stream and usage,
         token_ids=bool(body.return_token_ids),
         timing=body.kvasir is not None and body.kvasir.timing,
+    )
+
+
+def _choice(ask: Ask, j: int) -> Ask:
+    """The j-th choice of a prompt: what one request with the next seeds would give."""
+    seed = ask.sampling.seed
+    if seed is None or j == 0:
+        return ask
+    sampling = msgspec.structs.replace(ask.sampling, seed=seed + j)
+    return msgspec.structs.replace(ask, sampling=sampling)
+
+
+def _style(body: ChatBody | CompletionBody) -> Style:
+    return Style(
         stops=_stops(body.stop),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special=body.skip_special_tokens is not False,
+        chat=isinstance(body, ChatBody),
     )
 
 
 def _ask(
     body: ChatBody | CompletionBody,
     caller: Caller,
-    text: Text,
     card: ModelCard,
-    request_id: str,
     tokens: tuple[int, ...],
-    max_tokens: int | None,
+    asked: int | None,
     default: int | None,
+    controls: Controls,
 ) -> Ask:
+    """Of one prompt; its id is still to come."""
     if not tokens:
         raise BadField("the prompt is empty: it needs at least one token", _input_name(body))
+    max_tokens = _room(len(tokens), asked, default, card)
+    least = controls.sampling.min_tokens
+    if least > max_tokens:
+        over = f"min_tokens is {least}, over the {max_tokens} that may be made"
+        raise BadField(over, "min_tokens")
     return Ask(
-        request_id=request_id,
+        request_id="",
         model=body.model,
         tokens=tokens,
-        max_tokens=_room(len(tokens), max_tokens, default, card),
-        sampling=_sampling(body, text),
+        max_tokens=max_tokens,
+        sampling=controls.sampling,
+        steering=controls.steering,
         session=caller.session,
         deadline_s=_deadline(body),
         slo_ttft_s=caller.slo_ttft_s,
         slo_tpot_s=caller.slo_tpot_s,
     )
-
-
-def _checked(name: str, tokens: tuple[int, ...], text: Text) -> tuple[int, ...]:
-    """Token ids that the client chose."""
-    if tokens and not 0 <= min(tokens) <= max(tokens) < text.vocab:
-        raise BadField(f"{name} has a token id that is not in [0, {text.vocab})", name)
-    return tokens
 
 
 def _input_name(body: ChatBody | CompletionBody) -> str:
@@ -166,25 +207,6 @@ def _room(prompt: int, asked: int | None, default: int | None, card: ModelCard) 
             next_step="shorten the prompt, or ask for fewer tokens",
         )
     return wanted
-
-
-def _sampling(body: ChatBody | CompletionBody, text: Text) -> Sampling:
-    temperature = 1.0 if body.temperature is None else body.temperature
-    top_p = 1.0 if body.top_p is None else body.top_p
-    if not 0 <= temperature <= 2:
-        raise BadField(f"temperature must be in [0, 2], not {temperature}", "temperature")
-    if not 0 < top_p <= 1:
-        raise BadField(f"top_p must be in (0, 1], not {top_p}", "top_p")
-    if body.seed is not None and not -(2**SEED_BITS) <= body.seed < 2**SEED_BITS:
-        raise BadField("seed must fit in 64 bits", "seed")
-    own = _checked("stop_token_ids", tuple(body.stop_token_ids or ()), text)
-    return Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        seed=body.seed,
-        ignore_eos=bool(body.ignore_eos),
-        stop_token_ids=own if body.ignore_eos else (*text.eos_ids, *own),
-    )
 
 
 def _deadline(body: ChatBody | CompletionBody) -> float | None:

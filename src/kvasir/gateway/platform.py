@@ -24,6 +24,7 @@ from kvasir.core.errors import ConfigError, ModelError
 from kvasir.core.ids import CONDUCTOR, WorkerId
 from kvasir.core.messages import Start
 from kvasir.core.specs import Deployment
+from kvasir.core.specs.endpoints import MAIN
 from kvasir.gateway.app import make_app
 from kvasir.gateway.desk import LiveDesk
 from kvasir.gateway.port import Health, Text, WorkerState
@@ -34,9 +35,10 @@ from kvasir.node.build import build_requests
 from kvasir.node.conductor import Conductor
 from kvasir.observe.metrics import Holding, Metrics
 from kvasir.runtime.local import Fleet
-from kvasir.runtime.plan import GATEWAY, MAIN, address
+from kvasir.runtime.plan import GATEWAY, address
 from kvasir.world.journal import Journal
 from kvasir.world.live.host import Bus, Host
+from kvasir.world.live.telemetry import Telemetry
 from kvasir.world.live.wire import Wire
 
 GAUGES_S = 0.5
@@ -70,9 +72,11 @@ class Platform:
         self.fleet = Fleet(
             deployment, run_dir, record, on_gone=self._gone, on_lost=self.failed.__setitem__
         )
+        self.telemetry = Telemetry(deployment.topology, self._conductor_host.feed)
+        endpoints = deployment.endpoints
         self.wire = self.bus.wire = Wire(
-            address(run_dir, MAIN), self.bus.deliver, lambda node: address(run_dir, node),
-            deployment.limits.message_bytes_max,
+            address(run_dir, MAIN, endpoints), self.bus.deliver,
+            lambda node: address(run_dir, node, endpoints), deployment.limits.message_bytes_max,
         )  # fmt: skip
 
     def _journal(
@@ -92,6 +96,7 @@ class Platform:
         self._conductor_host.feed(Start())
         self.desk.host.feed(Start())
         self.fleet.start()
+        self.telemetry.start()
 
     def health(self) -> Health:
         members = self.conductor.members
@@ -115,6 +120,8 @@ class Platform:
         queued = len(self.conductor.queue) + len(self.conductor.choosing)
         self.metrics.gauges(queued, len(self.requests.lives) - queued, usage)
         self.metrics.holdings(holdings)
+        index = self.conductor.index
+        self.metrics.prefix_index(index.blocks, index.blocks_refused)
 
     async def watch(self, say: Say) -> None:
         """Refresh gauges; end when a worker cannot be kept alive."""
@@ -131,6 +138,7 @@ class Platform:
 
     async def close(self) -> None:
         await self.fleet.stop()
+        self.telemetry.close()
         self.desk.host.close()
         self._conductor_host.close()
         self.wire.close()
@@ -152,12 +160,14 @@ async def open_platform(
             raise ConfigError(f"model {model.name!r} has no path", where=f"models.{model.name}")
         texts[model.name] = TextModel.load(model.path)
     run_dir = tempfile.mkdtemp(prefix="kvasir-")
-    platform = Platform(deployment, texts, run_dir, record)
     try:
-        platform.start()
-        yield platform
+        platform = Platform(deployment, texts, run_dir, record)
+        try:
+            platform.start()
+            yield platform
+        finally:
+            await platform.close()
     finally:
-        await platform.close()
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from kvasir.core.ids import RequestId, TenantId, WorkerId
-from kvasir.core.messages import EndReason, Path, Report
-from kvasir.core.request import Sampling
+from kvasir.core.messages import EndReason, Logprobs, Path, Report
+from kvasir.core.request import Grammar, Sampling, Steering
 
 WorkerState = Literal["ready", "starting", "gone"]
 
@@ -38,6 +38,7 @@ class Ask(msgspec.Struct, frozen=True):
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     band: int = 1
+    steering: Steering | None = None
 
 
 class PlacedPiece(msgspec.Struct, frozen=True):
@@ -49,9 +50,11 @@ class PlacedPiece(msgspec.Struct, frozen=True):
 
 
 class TokensPiece(msgspec.Struct, frozen=True, gc=False):
-    """The next output tokens, in order, each exactly once over all attempts."""
+    """The next output tokens, in order, each exactly once over all attempts. `logprobs`: one for
+    each of them, or none if they were not asked for."""
 
     tokens: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class EndPiece(msgspec.Struct, frozen=True):
@@ -116,16 +119,26 @@ class Text(Protocol):
     def render(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
         """The chat template's text. Raises RequestError for messages that it refuses."""
 
-    def detokenizer(self) -> Detok: ...
+    def detokenizer(self, *, skip_special: bool = True) -> Detok: ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for: half a character, perhaps."""
+
+    async def fault(self, grammar: Grammar) -> str:
+        """What is wrong with a grammar, in a line; empty: it can be served. Raises Overloaded."""
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """A served model; `created` is in Unix seconds, `max_context` in tokens."""
+    """A served model; `created` is in Unix seconds, `max_context` in tokens. `made_up`: its tokens
+    come from no distribution (engine: fake), so nothing can be asked of it. `reasons`: its answers
+    may begin with <think> ... </think>."""
 
     id: str
     created: int
     max_context: int
     owned_by: str = "kvasir"
+    made_up: bool = False
+    reasons: bool = False
 
 
 class Health(msgspec.Struct, frozen=True):

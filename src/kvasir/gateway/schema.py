@@ -51,6 +51,21 @@ class Common(msgspec.Struct):
     repetition_penalty: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    use_beam_search: bool | None = None
 
 
 class ChatBody(Common):
@@ -61,13 +76,10 @@ class ChatBody(Common):
     top_logprobs: int | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
 
 
 class CompletionBody(Common):
     prompt: str | list[int | str | list[int]] = ""
-    best_of: int | None = None
-    echo: bool | None = None
     suffix: str | None = None
 
 
@@ -75,21 +87,15 @@ Body = TypeVar("Body", ChatBody, CompletionBody)
 
 # Field -> values at which it changes nothing, so that leaving it out of the work is no lie.
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
-    "min_tokens": (None, 0),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0),
     "echo": (None, False),
     "suffix": (None, ""),
     "tools": (None, []),
-    "response_format": (None, {"type": "text"}),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "prompt_logprobs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
 }
 _CHECKED: Final = {
     shape: tuple((name, NEUTRAL[name]) for name in shape.__struct_fields__ if name in NEUTRAL)
@@ -164,11 +170,16 @@ class Cached(msgspec.Struct):
     cached_tokens: int
 
 
+class Reasoned(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: Cached
+    completion_tokens_details: Reasoned | msgspec.UnsetType = msgspec.UNSET
 
 
 class Workers(msgspec.Struct):
@@ -192,16 +203,46 @@ class Timing(msgspec.Struct):
     transport: str
 
 
+class TopLogprob(msgspec.Struct):
+    """`bytes`: of a token that is no whole text, `token` shows them as `\\x..`."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Columns, one row a token. `text_offset`: where in `text` a token's first character is."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
 class ChatMessage(msgspec.Struct):
     content: str
     role: str = "assistant"
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
     index: int
     message: ChatMessage
     finish_reason: str
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -220,7 +261,7 @@ class CompletionChoice(msgspec.Struct):
     index: int
     text: str
     finish_reason: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 

@@ -1,7 +1,8 @@
 """Server-sent events of a streamed answer, from byte templates. Knows bytes; no desk, no tokenizer.
 
 One event a token, also when its text is still held back; then one with the finish reason; then one
-with usage if asked; then [DONE]. Only the delta's text is encoded per token.
+with usage if asked; then [DONE]. Only the delta's text is encoded per token, and log-probabilities
+where they are asked for.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Final
 
 import msgspec
 
-from kvasir.gateway.schema import Timing, Usage
+from kvasir.gateway.schema import ChatLogprobs, CompletionLogprobs, Timing, Usage
 
+AnyLogprobs = ChatLogprobs | CompletionLogprobs
 DONE: Final = b"data: [DONE]\n\n"
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -20,7 +22,8 @@ _encode: Final = msgspec.json.Encoder().encode
 class Chunks:
     """The events of one choice, in order: `token` ..., `last`."""
 
-    __slots__ = ("_asked_ids", "_chat", "_close", "_fresh", "_head", "_later", "_shared", "_tail")
+    __slots__ = ("_asked_ids", "_chat", "_close", "_end", "_fresh", "_head", "_key", "_later",
+                 "_shared", "_tail")  # fmt: skip
 
     def __init__(
         self,
@@ -36,13 +39,14 @@ class Chunks:
         choice = b'"choices":[{"index":%d,' % index
         self._close = b"}]" + shared.usage_null + b"}\n\n"
         if shared.chat:
-            first = shared.head + ids + choice + b'"delta":{"role":"assistant","content":'
-            self._head, self._later = first, shared.head + choice + b'"delta":{"content":'
-            self._tail = b'},"logprobs":null,"finish_reason":null'
+            self._later = shared.head + choice + b'"delta":{'
+            self._head = shared.head + ids + choice + b'"delta":{"role":"assistant",'
+            self._key, self._end = b'"content":', b"}"
         else:
-            first = shared.head + choice + ids + b'"text":'
-            self._head, self._later = first, shared.head + choice + b'"text":'
-            self._tail = b',"logprobs":null,"finish_reason":null'
+            self._later = shared.head + choice
+            self._head = shared.head + choice + ids
+            self._key, self._end = b'"text":', b""
+        self._tail = self._end + b',"logprobs":null,"finish_reason":null'
         if not token_ids:
             self._tail += self._close
 
@@ -51,18 +55,31 @@ class Chunks:
         head, self._head, self._fresh = self._head, self._later, False
         if self._asked_ids:
             ids = b',"token_ids":[%d]' % token
-            return b"".join((head, _encode(text), self._tail, ids, self._close))
-        return b"".join((head, _encode(text), self._tail))
+            return b"".join((head, self._key, _encode(text), self._tail, ids, self._close))
+        return b"".join((head, self._key, _encode(text), self._tail))
 
-    def last(self, rest: str, reason: str, timing: bytes = b"") -> bytes:
+    def rich(self, text: str, token: int, reasoning: str, logprobs: AnyLogprobs | None) -> bytes:
+        """The event of one token that brings more than text."""
+        head, self._head, self._fresh = self._head, self._later, False
+        told = b',"logprobs":%b,"finish_reason":null' % _encode(logprobs)
+        ids = b',"token_ids":[%d]' % token if self._asked_ids else b""
+        delta = self._delta(text, reasoning)
+        return b"".join((head, delta, self._end, told, ids, self._close))
+
+    def last(self, rest: str, reason: str, timing: bytes = b"", *, reasoning: str = "") -> bytes:
         """The finish reason, with the text that was held back to the end."""
         close = b',"logprobs":null,"finish_reason":%b}]%b%b}\n\n' % (
             _encode(reason), self._shared.usage_null, timing
         )  # fmt: skip
-        if self._chat and not rest and not self._fresh:
-            head = self._later.removesuffix(b'"content":')
-            return head + b"}" + close
-        return self._head + _encode(rest) + (b"}" if self._chat else b"") + close
+        empty = self._chat and not rest and not reasoning and not self._fresh
+        delta = b"" if empty else self._delta(rest, reasoning)
+        return self._head + delta + self._end + close
+
+    def _delta(self, text: str, reasoning: str) -> bytes:
+        if not reasoning:
+            return self._key + _encode(text)
+        thought = b'"reasoning_content":' + _encode(reasoning)
+        return thought + (b"," + self._key + _encode(text) if text else b"")
 
 
 class Shared:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
 from kvasir.core.errors import ModelError
+from kvasir.core.request import Grammar
+from kvasir.gateway.structured import GrammarChecker
 from kvasir.gateway.template import CHATML, ChatTemplate, template_source
 
 INLINE_CHARS_MAX: Final = 4096  # about 2 ms of encoding; longer text goes to a thread
@@ -22,6 +26,7 @@ BROKEN: Final = "\ufffd"
 BROKEN_TAIL_MAX: Final = 3
 WINDOW_TOKENS_MAX: Final = 32
 CONTEXT_TOKENS: Final = 8
+FALLBACK: Final = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextModel:
@@ -36,6 +41,8 @@ class TextModel:
         self._template = template
         self._eos_ids = tuple(sorted(set(eos_ids)))
         self._vocab = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._bytes = TokenBytes(tokenizer)
+        self._checker = GrammarChecker()
 
     @classmethod
     def load(cls, folder: str | Path) -> TextModel:
@@ -74,8 +81,16 @@ class TextModel:
         """Text of `tokens` at once; special tokens have none."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._tokenizer)
+    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
+        return Detokenizer(self._tokenizer, skip_special=skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for; of special tokens their name. Empty for an unknown one."""
+        return self._bytes.of(token)
+
+    async def fault(self, grammar: Grammar) -> str:
+        """What is wrong with a grammar, in a line; empty: it can be served. Raises Overloaded."""
+        return await self._checker.fault(grammar)
 
 
 class Detokenizer:
@@ -91,8 +106,8 @@ class Detokenizer:
 
     __slots__ = ("_decode", "_ids", "_read", "_shown")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode  # skips special tokens
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special)
         self._ids: list[int] = []
         self._read = 0
         self._shown = 0  # characters
@@ -133,14 +148,46 @@ def _broken_tail(text: str) -> int:
     return min(len(text) - len(text.rstrip(BROKEN)), BROKEN_TAIL_MAX)
 
 
+class TokenBytes:
+    """The bytes behind single tokens, which a decoder hides. Vocabularies write them in one of two
+    ways: a character for each byte (GPT-2), or text with `▁` for a space and `<0x..>` for bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = {i: one.content for i, one in tokenizer.get_added_tokens_decoder().items()}
+        decoder = tokenizer.decoder
+        kind = decoder.__getstate__() if decoder is not None else b""
+        self._byte_of = _bytes_of_characters() if b'"ByteLevel"' in kind else None
+
+    def of(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        name = self._tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if self._byte_of is not None:
+            return bytes(self._byte_of[char] for char in name if char in self._byte_of)
+        if FALLBACK.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        return name.replace("▁", " ").encode()
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 stands for itself, the rest for U+0100 and following."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b if b in plain else 0x100 + others.index(b)): b for b in range(256)}
+
+
 class StopMatcher:
-    """Cuts text at the first of several stop strings, holding back what may become one."""
+    """Cuts text at the first of several stop strings, holding back what may become one. With
+    `include` the text keeps the stop string."""
 
-    __slots__ = ("_held", "_stops", "matched")
+    __slots__ = ("_held", "_include", "_stops", "matched")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         assert stops and all(stops), "stop strings are not empty"
-        self._stops = tuple(stops)
+        self._stops, self._include = tuple(stops), include
         self._held = ""
         self.matched = False
 
@@ -149,11 +196,12 @@ class StopMatcher:
         if self.matched:
             return ""
         text = self._held + text
-        ends = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        ends = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self.matched, self._held = True, ""
-            return text[: min(ends)]
-        keep = len(text) - max(_overlap(text, stop) for stop in self._stops)
+            at, stop = min(ends)  # of two that begin there, the shorter was complete first
+            return text[: at + len(stop)] if self._include else text[:at]
+        keep = len(text) - max(overlap(text, stop) for stop in self._stops)
         self._held = text[keep:]
         return text[:keep]
 
@@ -163,7 +211,7 @@ class StopMatcher:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that `text` ends with."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):

@@ -122,10 +122,17 @@ class Usage(msgspec.Struct, gc=False):
     prompt_tokens_details: TokenDetails | None = None
 
 
+class Workers(msgspec.Struct, frozen=True, gc=False):
+    prefill: str = ""
+    decode: str = ""
+
+
 class Timing(msgspec.Struct, gc=False):
-    """The `kvasir` object of the last event: where the time went, as the server measured it."""
+    """The `kvasir` object of the last event: where it ran and where the time went, as the server
+    measured it."""
 
     path: str = ""
+    workers: Workers = Workers()
     first_token: str = ""
     queue_s: float | None = None
     prefill_s: float | None = None

@@ -71,6 +71,23 @@ class Split(msgspec.Struct, frozen=True):
     second_token_delay_s: float | None = None
 
 
+class PrefixUse(msgspec.Struct, frozen=True):
+    """Prompt tokens of all prefills: what was looked up, found, and could have been found.
+
+    `attainable`: in the longest prefix that any worker had when the request was routed. `infinite`:
+    in a cache without end that all share and that has a prompt's blocks as soon as it is sent; None
+    where it is not known. Hits can be more than attainable: blocks come while a request waits.
+    """
+
+    queries_tokens: int
+    hits_tokens: int
+    attainable_tokens: int
+    infinite_tokens: int | None = None
+
+    def ratio(self, tokens: int) -> float:
+        return tokens / self.queries_tokens if self.queries_tokens else 0.0
+
+
 class SloReport(msgspec.Struct, frozen=True):
     """Requests within each limit, and within all of them (`good`), of `total` that ended."""
 
@@ -109,6 +126,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     split: Split | None = None
     paths: dict[str, int] = {}
     bytes_by_tier: dict[str, int] = {}
+    prefix: PrefixUse | None = None
     gpus: int | None = None
     errors: dict[str, int] = {}
     notes: tuple[str, ...] = ()
@@ -146,6 +164,7 @@ def summarise(
     gpus: int | None = None,
     first_token: str = "",
     bytes_by_tier: Mapping[str, int] | None = None,
+    prefix: PrefixUse | None = None,
     request_rate: float | None = None,
     max_concurrency: int | None = None,
     notes: Iterable[str] = (),
@@ -178,6 +197,7 @@ def summarise(
         split=split_of(done, first_token),
         paths=dict(sorted(Counter(o.path for o in done if o.path).items())),
         bytes_by_tier=dict(bytes_by_tier or {}),
+        prefix=prefix,
         gpus=gpus,
         errors=dict(sorted(failed.items(), key=lambda e: (-e[1], e[0]))[:ERRORS_MAX]),
         notes=tuple(notes),

@@ -134,6 +134,11 @@ def _cache_rows(s: Summary) -> Iterator[str]:
     yield _section("Prefix Cache and Paths")
     yield _row("Cached input tokens:", s.cached_tokens)
     yield _number("Cache hit ratio (%):", 100 * s.cache_hit_ratio)
+    if s.prefix is not None:
+        p = s.prefix
+        yield _number("... on any worker (%):", 100 * p.ratio(p.attainable_tokens))
+        if p.infinite_tokens is not None:
+            yield _number("... in one infinite cache (%):", 100 * p.ratio(p.infinite_tokens))
     for path, count in s.paths.items():
         yield _row(f"Requests {path}:", count)
 

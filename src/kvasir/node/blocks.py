@@ -14,12 +14,14 @@ class Blocks:
     """One pool, and the numbered news of its cache for the conductor's index."""
 
     def __init__(
-        self, capacity: Capacity, evict: str, worker: WorkerId, incarnation: Incarnation
-    ) -> None:
+        self, capacity: Capacity, evict: str, worker: WorkerId, incarnation: Incarnation,
+        *, tells: bool = True,
+    ) -> None:  # fmt: skip
         self.pool = BlockPool(capacity.kv_blocks, EVICTS[evict])
         self.size = capacity.block_size
         self._token_bytes = capacity.kv_token_bytes
         self._worker, self._incarnation = worker, incarnation
+        self._tells = tells
         self._seq = 0
 
     def count(self, tokens: int) -> int:
@@ -67,9 +69,9 @@ class Blocks:
         work.blocks, work.committed = [], 0
 
     def news(self) -> KvEvents | None:
-        """What appeared and vanished since the last call; None when nothing did."""
+        """What appeared and vanished since the last call; None when nothing did, or none tells."""
         added, removed = self.pool.changes()
-        if not added and not removed:
+        if not self._tells or (not added and not removed):
             return None
         self._seq += 1
         return KvEvents(self._worker, self._incarnation, self._seq, added, removed)

@@ -31,6 +31,7 @@ def worker_config(
         capacity=capacity or capacity_of(deployment, pool),
         location=location,
         pool=pool.name,
+        kv_events=pool.kv_events,
         batch=batch.name,
         evict=deployment.policy.evict,
         chunk_tokens=batch.chunk_tokens,

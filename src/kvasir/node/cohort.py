@@ -29,6 +29,7 @@ class Cohort:
     def __init__(self, block_size: int) -> None:
         self.members: dict[RequestId, Work] = {}
         self.ticks = 0
+        self.singles = 0  # members that want single steps
         self._size = block_size
         self._ends: list[Entry] = []
         self._covers: list[Entry] = []
@@ -83,6 +84,7 @@ class Cohort:
         """A sequence whose next token is the last known one. `named`: the runner carries it."""
         assert work.tick < 0 and work.known - work.computed == 1, work.id
         self.members[work.id] = work
+        self.singles += work.single_step
         work.tick = self.ticks
         work.ends_at = self.ticks + work.output_left
         self._serial += 1
@@ -101,6 +103,7 @@ class Cohort:
         """Out, with its counts up to date. Whether the runner carries it."""
         self.settle(work)
         del self.members[work.id]
+        self.singles -= work.single_step
         work.tick = work.ends_at = work.covered_to = -1
         return self._unnamed.pop(work.id, None) is None
 
@@ -138,6 +141,7 @@ class Cohort:
 
     def check(self) -> None:
         self.settle_all()
+        assert self.singles == sum(work.single_step for work in self.members.values())
         for work in self.members.values():
             assert work.known - work.computed == 1, work.id
             assert work.ends_at == self.ticks + work.output_left, work.id

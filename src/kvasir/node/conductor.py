@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from kvasir.core.effects import AnyEffect, Note, Tell, Timer
-from kvasir.core.events import Queued, Rejected, Retried, Routed, WorkerJoined, WorkerLeft
+from kvasir.core.events import (
+    PrefixUsed,
+    Queued,
+    Rejected,
+    Retried,
+    Routed,
+    WorkerJoined,
+    WorkerLeft,
+)  # fmt: skip
 from kvasir.core.ids import NodeId, RequestId, WorkerId
 from kvasir.core.messages import (
     Abort,
@@ -35,6 +43,7 @@ from kvasir.core.messages import (
     NetReading,
     Placed,
     PrefillDone,
+    PrefillReport,
     Refused,
     Start,
     Submit,
@@ -44,6 +53,7 @@ from kvasir.core.messages import (
 )  # fmt: skip
 from kvasir.core.specs import Deployment
 from kvasir.cost.step import StepModel
+from kvasir.kv.guess import Guess
 from kvasir.kv.prefix import PrefixIndex
 from kvasir.net.oracle import Oracle
 from kvasir.net.topology import Topology
@@ -72,7 +82,7 @@ class Conductor:
         self.placements: dict[RequestId, Placement] = {}
         self.queue: list[Placement] = []
         self.choosing: list[Placement] = []
-        self.index = PrefixIndex()
+        self.index = PrefixIndex(deployment.limits.index_blocks_max)
         self.oracle = Oracle(Topology(deployment.topology))
         self.gateways: dict[NodeId, float] = {}
         self.route = ROUTES[self.spec.name]
@@ -120,7 +130,10 @@ class Conductor:
         if known is not None:
             self._remove(known, "restarted")
         self.members[event.worker] = Member(event, self._costs[event.pool], self._now)
-        self.index.join(event.worker, event.incarnation)
+        guess = None
+        if not event.kv_events:
+            guess = Guess(event.capacity.kv_blocks, self.limits.guess_ttl_s)
+        self.index.join(event.worker, event.incarnation, guess)
         self.oracle.add_worker(event.worker, event.location)
         self._tell(event.worker, Welcome(self.epoch))
         self._note(WorkerJoined(event.worker, event.incarnation, event.roles))
@@ -175,7 +188,7 @@ class Conductor:
             return
         whole = self.index.apply(
             event.worker, event.incarnation, event.seq, event.added, event.removed,
-            reset=event.reset,
+            tier=event.tier, reset=event.reset,
         )  # fmt: skip
         if not whole and not member.resync_asked:
             member.resync_asked = True
@@ -200,6 +213,7 @@ class Conductor:
                         self._drop(placement, "its gateway is gone")
         for placement in [p for p in self.queue if now - p.queued_at > limits.queue_wait_s]:
             self._decline(placement, 503, f"no worker had room within {limits.queue_wait_s:g} s")
+        self.index.expire(now)
         self._out.append(Timer(BEAT, now + limits.beat_s))
 
     # --- requests ---------------------------------------------------------------------------------
@@ -386,6 +400,7 @@ class Conductor:
         if decodes:
             hold.context_tokens = p.input_tokens
         m.hold(p.id, hold)
+        self.index.expect(m.id, p.request.keys, self._now)
 
     def _begin_fetch(self, p: Placement, m: Member) -> None:
         blocks = p.fetch_blocks - p.prefill_hit
@@ -447,6 +462,7 @@ class Conductor:
             return
         p.prefilled_at = self._now
         self.oracle.end(p.fetch_id)
+        self._note_prefix(p, event.report)
         verdict = self._admit(Admission(self, p, "decode"))
         if verdict.status and p.attempt == 1:
             self._drop(p, verdict.reason)
@@ -456,6 +472,12 @@ class Conductor:
         else:
             p.state = State.CHOOSING
             self.choosing.append(p)
+
+    def _note_prefix(self, p: Placement, report: PrefillReport) -> None:
+        size, most = self.deployment.block_size, max(p.hits.values(), default=0)
+        attainable = min(most, (p.input_tokens - 1) // size) * size  # the last token is computed
+        cached = report.cached_tokens
+        self._note(PrefixUsed(report.worker, p.id, p.input_tokens, cached, attainable))
 
     def _on_transfer_report(self, event: TransferReport) -> None:
         self.oracle.report(event.source, event.target, event.bytes, event.seconds)
@@ -476,6 +498,8 @@ class Conductor:
             if worker != event.worker and p.needs(worker):
                 self._tell(worker, Abort(self.epoch, p.id, p.attempt, "finished"))
         self._free(p)
+        if p.state is State.PREFILL:  # it ended with its first token
+            self._note_prefix(p, event.report.prefill)
         if p.state is State.DECODE:
             decode_s = self._now - p.prefilled_at
             old = self.decode_s_mean

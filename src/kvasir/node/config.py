@@ -20,6 +20,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     capacity: Capacity
     location: Location = Location()
     pool: str = ""
+    kv_events: bool = True
     conductor: NodeId = CONDUCTOR
     batch: str = "token_budget"
     evict: str = "lru"

@@ -57,7 +57,12 @@ class Window:
 
     @property
     def steps_max(self) -> int:
-        return self._worker.config.steps_max
+        """One, while a sequence that runs wants single steps."""
+        worker = self._worker
+        singles = worker.cohort.singles > 0
+        if not singles and self.decoding is None:
+            singles = any(work.single_step for work in worker.running)
+        return 1 if singles else worker.config.steps_max
 
     def admission(self, index: int) -> Admission:
         blocks = self._worker.blocks

@@ -95,6 +95,11 @@ class Work:
         return self.dispatch.phase
 
     @property
+    def single_step(self) -> bool:
+        """While it runs, a step is one iteration."""
+        return self.dispatch.request.sampling.single_step
+
+    @property
     def blocks_held(self) -> int:
         return len(self.blocks)
 

@@ -76,8 +76,9 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.blocks = Blocks(
-            config.capacity, config.evict, config.worker, config.incarnation
-        )
+            config.capacity, config.evict, config.worker, config.incarnation,
+            tells=config.kv_events,
+        )  # fmt: skip
         self.prefixes = Prefixes(self.blocks, config)
         self.works: dict[RequestId, Work] = {}
         self.quarantine: dict[tuple[RequestId, int], Work] = {}
@@ -137,6 +138,7 @@ class Worker:
             Hello(
                 worker=c.worker, incarnation=c.incarnation, roles=c.roles, model=c.model,
                 fingerprint=c.fingerprint, capacity=c.capacity, location=c.location, pool=c.pool,
+                kv_events=c.kv_events,
             ),
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ from kvasir.core.events import (
     Closed,
     Preempted,
     Prefilled,
+    PrefixUsed,
     Recomputed,
     Rejected,
     Retried,
@@ -154,8 +155,15 @@ class Metrics(Collector):
         self._preemptions = Counter("kvasir_preemptions", "Sequences put back to wait.")
         self._prompt = Counter("kvasir_prompt_tokens", "Prompt tokens of ended requests.")
         self._output = Counter("kvasir_output_tokens", "Output tokens of ended requests.")
+        self._queries = Counter(
+            "kvasir_prefix_cache_queries_tokens", "Prompt tokens that were prefilled, or found."
+        )
         self._hits = Counter(
-            "kvasir_prefix_cache_hit_tokens", "Prompt tokens whose KV was in the prefill's cache."
+            "kvasir_prefix_cache_hits_tokens", "Prompt tokens whose KV was in the prefill's cache."
+        )
+        self._attainable = Counter(
+            "kvasir_prefix_cache_attainable_tokens",
+            "Prompt tokens of the longest prefix that any worker had when the request was routed.",
         )
         self._computed = Counter("kvasir_prefill_tokens", "Prompt tokens that prefill computed.")
         self._bytes = Counter(
@@ -186,7 +194,7 @@ class Metrics(Collector):
             "kvasir_second_token_delay_seconds", "From first to second token, the hand-over in it."
         )
         self._duration = Histogram("kvasir_request_seconds", "From a request's arrival to its end.")
-        self._queued = self._running = 0
+        self._queued = self._running = self._indexed = self._unindexed = 0
         self._kv_usage: dict[WorkerId, float] = {}
         self._holdings: dict[WorkerId, Holding] = {}
         self._up: dict[WorkerId, tuple[Incarnation, bool]] = {}
@@ -209,10 +217,13 @@ class Metrics(Collector):
                 if event.second_token_delay_s is not None:
                     self._second.of().observe(event.second_token_delay_s)
             case Prefilled():
-                self._hits.add(event.cached_tokens)
                 self._computed.add(event.computed_tokens)
                 self._queue.of().observe(event.queue_s)
                 self._prefill.of().observe(event.prefill_s)
+            case PrefixUsed():
+                self._queries.add(event.input_tokens)
+                self._hits.add(event.hit_tokens)
+                self._attainable.add(event.attainable_tokens)
             case Shipped():
                 self._bytes.add(event.bytes, event.transport)
                 self._transfer.of().observe(event.seconds)
@@ -246,6 +257,10 @@ class Metrics(Collector):
         """The state now; `kv_usage` is each worker's share of KV blocks in use, 0 to 1."""
         self._queued, self._running, self._kv_usage = queued, running, dict(kv_usage)
 
+    def prefix_index(self, blocks: int, refused: int) -> None:
+        """Distinct blocks in the index now, and how often one did not fit until now."""
+        self._indexed, self._unindexed = blocks, refused
+
     def holdings(self, held: Mapping[WorkerId, Holding]) -> None:
         """The state now, of each worker that has been heard."""
         self._holdings = dict(held)
@@ -268,7 +283,8 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         counters = (
             self._requests, self._rejected, self._retries, self._preemptions, self._prompt,
-            self._output, self._hits, self._computed, self._bytes, self._failed, self._recomputed,
+            self._output, self._queries, self._hits, self._attainable, self._computed, self._bytes,
+            self._failed, self._recomputed,
         )  # fmt: skip
         for counter in counters:
             yield counter.family()
@@ -280,6 +296,10 @@ class Metrics(Collector):
             yield histogram.family()
         yield _gauge("kvasir_requests_queued", "Requests waiting for a place.", self._queued)
         yield _gauge("kvasir_requests_running", "Requests being served.", self._running)
+        yield _gauge("kvasir_prefix_index_blocks", "Blocks in the index.", self._indexed)
+        yield CounterMetricFamily(
+            "kvasir_prefix_index_refused", "Blocks that did not fit in.", value=self._unindexed
+        )
         yield _by_worker(
             "kvasir_kv_cache_usage_ratio", "KV blocks in use, 0 to 1.", self._kv_usage
         )

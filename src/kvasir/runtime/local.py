@@ -1,6 +1,7 @@
-"""Worker processes on this host: started, watched, started again when they die.
+"""Worker processes, started from here, watched, started again when they die.
 
-Knows processes. Must not know requests: a death is told to the conductor, which does the rest.
+A worker may have a command before its own, that becomes it (`endpoints`). Knows processes. Must not
+know requests: a death is told to the conductor, which does the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kvasir.core.errors import ConfigError
 from kvasir.core.ids import WorkerId
 from kvasir.core.messages import WorkerGone
 from kvasir.core.specs import Deployment
@@ -59,7 +61,11 @@ class Fleet:
                 self._json, worker, incarnation, self._run_dir,
                 str(self._record) if self._record is not None else None,
             )  # fmt: skip
-            process = await self._spawn(start)
+            try:
+                process = await self._spawn(start)
+            except OSError as error:
+                self._on_lost(worker, self._not_run(worker, error))
+                return
             status = await process.wait()
             if self._stopping:
                 return
@@ -75,13 +81,24 @@ class Fleet:
 
     async def _spawn(self, start: StartFile) -> asyncio.subprocess.Process:
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        own = (sys.executable, "-m", "kvasir.runtime.worker", str(start.save()))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "kvasir.runtime.worker", str(start.save()),
+            *self._command(start.worker), *own,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             env=environment, start_new_session=True,
         )  # fmt: skip
         self._processes[start.worker] = process
         return process
+
+    def _command(self, worker: WorkerId) -> tuple[str, ...]:
+        endpoint = self._deployment.endpoints.get(worker)
+        return endpoint.command if endpoint is not None else ()
+
+    def _not_run(self, worker: WorkerId, error: OSError) -> str:
+        (name, *_) = (*self._command(worker), sys.executable)
+        return str(ConfigError(
+            f"{name!r} cannot be run: {error.strerror}", where=f"endpoints.{worker}.command"
+        ))  # fmt: skip
 
     async def stop(self) -> None:
         """End every process that was started here, by its own id."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kvasir.core.errors import ModelError
+from kvasir.core.errors import ConfigError, ModelError
 from kvasir.core.specs import Deployment, PoolSpec
 from kvasir.cost.catalog import shape_of
 from kvasir.cost.pools import capacity_of, step_model
@@ -31,16 +31,21 @@ def make_runner(deployment: Deployment, pool: PoolSpec) -> Runner:
 
 
 def _fake(deployment: Deployment, pool: PoolSpec) -> Runner:
-    from kvasir.engine.fake import FakeRunner
+    from kvasir.engine.fake import KV_TOKEN_BYTES, FakeRunner
 
     spec = deployment.model_of(pool)
     model = step_model(deployment, pool, load_tables)
     capacity = capacity_of(deployment, pool)
-
+    token_bytes = capacity.kv_token_bytes if spec.fake_kv else KV_TOKEN_BYTES
+    if token_bytes % KV_TOKEN_BYTES:
+        raise ConfigError(
+            f"fake_kv: {token_bytes} bytes of KV a token are no multiple of {KV_TOKEN_BYTES}",
+            where=f"models.{spec.name}",
+        )
     return FakeRunner(
         blocks_count=capacity.kv_blocks, block_size=deployment.block_size,
         context_max=capacity.context_max, seconds=model.batch, vocab=shape_of(spec).vocab,
-        eos_token_ids=_eos_ids(spec.path),
+        eos_token_ids=_eos_ids(spec.path), kv_token_bytes=token_bytes,
     )  # fmt: skip
 
 

@@ -57,13 +57,15 @@ async def _serve(start: StartFile) -> int:
         lambda _, context: fail(context.get("exception") or RuntimeError(context["message"]))
     )
     bus = Bus()
+    endpoints = deployment.endpoints
+    kv_host = endpoints[start.worker].kv if start.worker in endpoints else ""
     worker = LiveWorker(
-        Worker(config), runner, bus, deployment.transport, start.run_dir,
+        Worker(config), runner, bus, deployment.transport, start.run_dir, kv_host=kv_host,
         journal=_journal(start, config, deployment.seed), on_failure=fail, observer=CONDUCTOR,
     )  # fmt: skip
     bus.wire = Wire(
-        address(start.run_dir, start.worker), bus.deliver,
-        lambda node: address(start.run_dir, node), deployment.limits.message_bytes_max,
+        address(start.run_dir, start.worker, endpoints), bus.deliver,
+        lambda node: address(start.run_dir, node, endpoints), deployment.limits.message_bytes_max,
     )  # fmt: skip
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, _end, ended)

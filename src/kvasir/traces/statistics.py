@@ -52,6 +52,18 @@ def hit_table(trace: Trace, capacities: Iterable[int | None], evict: str = "lru"
     return [_hits(trace, capacity, max(distinct, 1), evict) for capacity in capacities]
 
 
+def shared_tokens(trace: Trace) -> int:
+    """Prompt tokens that an infinite cache shared by all would serve: leading full blocks that an
+    earlier arrival has, less the one with the prompt's last token, which is always computed."""
+    size, seen, tokens = trace.block_size or 1, set[int](), 0
+    for arrival in trace.arrivals:
+        blocks = arrival.hash_ids[: arrival.input_tokens // size]
+        found = next((i for i, block in enumerate(blocks) if block not in seen), len(blocks))
+        tokens += min(found, (arrival.input_tokens - 1) // size) * size
+        seen.update(blocks)
+    return tokens
+
+
 def _hits(trace: Trace, capacity: int | None, distinct: int, evict: str) -> HitRow:
     pool = BlockPool(min(capacity or distinct, distinct), EVICTS[evict])
     block_size = trace.block_size or 0

@@ -70,7 +70,8 @@ def make_receiver(
     shard: Shard = WHOLE,
 ) -> Receiver:
     """The decode side. `bind`: `host:port` for tcp, by default any port on loopback; for shm the
-    run directory, which must exist. Raises as `make_sender`, and OSError if it cannot listen."""
+    run directory, which must exist. Raises as `make_sender`; if it cannot listen, ConfigError for
+    tcp and OSError for shm."""
     from kvasir.transfer.receiver import StreamReceiver
 
     medium = _medium(kind)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import msgspec
 
 from kvasir.core.ids import BlockId, RequestId
-from kvasir.core.messages import PrefillReport
+from kvasir.core.messages import Logprobs, PrefillReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,14 +59,16 @@ WHOLE = Shard()
 
 
 class Trailer(msgspec.Struct, frozen=True, gc=False):
-    """The last frame. `tokens`: what prefill sampled. The sender fills in blocks, layers, bytes
-    with what it sent, and the receiver compares them with what it got."""
+    """The last frame. `tokens`: what prefill sampled, `logprobs` of them where they are asked for.
+    The sender fills in blocks, layers, bytes with what it sent, and the receiver compares them with
+    what it got."""
 
     tokens: tuple[int, ...] = ()
     report: PrefillReport | None = None
     blocks: int = 0
     layers: int = 0
     bytes: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,11 +111,12 @@ class TcpMedium:
         host = host.strip("[]")
         if not colon or not host or not port.isdecimal():
             raise ConfigError(f"{bind!r} is not host:port", next_step="bind 127.0.0.1:0")
-        sock = socket.create_server(
-            (host, int(port)),
-            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-            backlog=BACKLOG,
-        )
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            sock = socket.create_server((host, int(port)), family=family, backlog=BACKLOG)
+        except OSError as error:
+            what = f"KV cannot come in there: {error.strerror}"
+            raise ConfigError(what, where=bind, next_step="an address of this host") from error
         sock.setblocking(False)
         shown = f"[{host}]" if ":" in host else host
         return Listening(sock, f"tcp://{shown}:{sock.getsockname()[1]}", "")

@@ -24,6 +24,6 @@ from kvasir.core.specs.workload import LengthSpec, WorkloadSpec
 
 __all__ = [
     "HARDWARE", "BatchSpec", "Deployment", "Endpoint", "HardwareSpec", "LayerSpec", "LengthSpec",
-    "LimitsSpec", "ModelShape", "ModelSpec", "PolicySpec", "PoolSpec", "Role", "RouteSpec", "SloSpec", "TierSpec",
-    "TopologySpec", "TransportSpec", "WorkloadSpec",
+    "LimitsSpec", "ModelShape", "ModelSpec", "PolicySpec", "PoolSpec", "Role", "RouteSpec",
+    "SloSpec", "TierSpec", "TopologySpec", "TransportSpec", "WorkloadSpec",
 ]  # fmt: skip

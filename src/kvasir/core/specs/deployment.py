@@ -28,7 +28,8 @@ class ModelSpec(Spec):
     """A served model. `shape`: a bundled name or sizes; `path`: a HuggingFace folder.
 
     `fake_kv`: engine fake holds and moves as many KV bytes a token as the shape says, in place of
-    32, so that links are loaded as the model would load them.
+    32, so that links are loaded as the model would load them. `reasoning_parser: think`: chat
+    answers may begin with <think> ... </think>, which is told apart as `reasoning_content`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelSpec(Spec):
     version: str = ""
     max_context: int | None = Field(default=None, gt=0)
     fake_kv: bool = False
+    reasoning_parser: Literal["think"] | None = None
 
 
 class FittedCost(Spec):
@@ -146,7 +148,8 @@ Cost = Annotated[
 
 class PoolSpec(Spec):
     """`count` equal instances of `tp` x `pp` accelerators. `racks` or `nodes` (by the topology's
-    names: `node-0`, or those that it lists) limit where they may stand."""
+    names: `node-0`, or those that it lists) limit where they may stand. `kv_events`: they tell what
+    they have cached; without, the conductor guesses."""
 
     name: str
     role: Role
@@ -162,6 +165,7 @@ class PoolSpec(Spec):
     waiting_max: int = Field(default=4096, gt=0)
     kv_blocks: int | None = Field(default=None, gt=0)
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    kv_events: bool = True
     cost: Cost | None = None
 
     @field_validator("cost", mode="before")
@@ -260,7 +264,12 @@ class TransportSpec(Spec):
 
 
 class LimitsSpec(Spec):
-    """Every queue, wait and retry has its bound here. Seconds unless the name says otherwise."""
+    """Every queue, wait and retry has its bound here. Seconds unless the name says otherwise.
+
+    `index_blocks_max`: distinct blocks in the prefix index, about 130 bytes each; it knows nothing
+    of those beyond. `guess_ttl_s`: how long a prompt is taken to be cached where it was sent, of
+    workers that send no KV events.
+    """
 
     queue_max: int = Field(default=4096, gt=0)
     attempts_max: int = Field(default=8, gt=0)
@@ -272,6 +281,8 @@ class LimitsSpec(Spec):
     kv_wait_s: float = Field(default=120.0, gt=0)
     lease_s: float = Field(default=120.0, gt=0)
     queue_wait_s: float = Field(default=600.0, gt=0)
+    index_blocks_max: int = Field(default=1 << 24, gt=0)
+    guess_ttl_s: float = Field(default=120.0, gt=0)
     body_bytes_max: int = Field(default=8 * 1024 * 1024, gt=0)
     message_bytes_max: int = Field(default=64 * 1024 * 1024, gt=0)
 
@@ -305,7 +316,7 @@ class Deployment(Spec):
     host: HostSpec = HostSpec()
     workload: WorkloadSpec = WorkloadSpec()
     faults: FaultSpec | None = None
-    endpoints: dict[str, Endpoint] = {}
+    endpoints: dict[str, Endpoint] = Field(default_factory=dict)
     engine: Literal["torch", "fake"] = "torch"
     block_size: int = Field(default=16, gt=0)
     first_token: Literal["prefill", "decode"] = "prefill"

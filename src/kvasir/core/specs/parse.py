@@ -18,7 +18,13 @@ from pydantic_core import ErrorDetails
 
 from kvasir.core.errors import ConfigError, nearest
 from kvasir.core.specs.base import Spec
-from kvasir.core.specs.deployment import Deployment, MeasuredCost
+from kvasir.core.specs.deployment import (
+    Deployment,
+    MeasuredCost,
+    ModelSpec,
+    PoolSpec,
+    RouteSpec,
+)  # fmt: skip
 from kvasir.core.specs.faults import CrossTraffic
 from kvasir.core.specs.model import ModelShape
 from kvasir.core.units import parse_bytes, parse_rate, parse_seconds
@@ -30,8 +36,8 @@ DEPTH_MAX: Final = 24
 Path = tuple[str | int, ...]
 
 _BOOLEANS: Final = {
-    k for spec in (ModelShape, MeasuredCost, CrossTraffic) for k, f in spec.model_fields.items()
-    if f.annotation is bool
+    k for spec in (ModelShape, ModelSpec, MeasuredCost, PoolSpec, RouteSpec, CrossTraffic)
+    for k, f in spec.model_fields.items() if f.annotation is bool
 }  # fmt: skip
 _POOL_REFERENCE: Final = re.compile(r"^pools\.(?P<pool>.+): (?P<key>hardware|model) ")
 

@@ -48,6 +48,10 @@ class TelemetrySpec(Spec):
     Every `period_s` the counters are read, and the reading arrives `delay_s` later, unless it is
     lost (probability `loss`). Each tier's utilisation is off by `bias` and by up to `error` either
     way (NetKV's eps). A reading older than `ttl_s` is stale: nothing is decided by it.
+
+    `counters`, by link and direction (`leaf0>spine`): files with the bytes that went there so far,
+    as Linux keeps them (/sys/class/net/PORT/statistics/tx_bytes). `serve` reads them each
+    `period_s`; what is late, lost and off is simulated only.
     """
 
     period_s: float = Field(default=1.0, gt=0)
@@ -56,6 +60,7 @@ class TelemetrySpec(Spec):
     error: float = Field(default=0.0, ge=0, le=1)
     bias: float = Field(default=0.0, ge=-1, le=1)
     ttl_s: float = Field(default=5.0, gt=0)
+    counters: dict[str, str] = Field(default_factory=dict)
 
 
 def _paper_tiers() -> tuple[TierSpec, ...]:

@@ -5,7 +5,8 @@ arXiv 2407.00079, Algorithm 1 without its transfer term). Decode minimises
 
     T_xfer(p, d) + T_queue(d) + T_first(d)          `cost: serial`, the paper
     max(T_xfer, T_queue) + T_first                  `cost: overlap`
-    max(T_xfer - T_prefill, T_queue) + T_first      `cost: streamed`, KV ships while prefill runs
+    max(T_xfer / L, T_xfer - T_prefill (L-1) / L, T_queue) + T_first
+                                                    `cost: streamed`, L layers ship as they are made
 
 The family differs in what it asks the oracle (`net.oracle`): `netkv_static` the tier's bandwidth,
 `netkv_self` shared with own transfers, `netkv` with the switches' readings too (or the deployment's
@@ -19,6 +20,8 @@ mean `o` the j-th departure from a batch of b takes about j * o * t_iter / b.
 
 from __future__ import annotations
 
+from typing import Final
+
 from kvasir.core.specs import RouteSpec
 from kvasir.net.oracle import Arm
 from kvasir.policy.route.view import (
@@ -30,6 +33,10 @@ from kvasir.policy.route.view import (
     WorkerView,
     prefill_left_s,
 )
+
+# Of a model, about: 32 to 126. It keeps a transfer that prefill hides from counting for nothing, or
+# the network would not be looked at until it is too late.
+LAYERS: Final = 64
 
 
 def netkv_by(arm: Arm | None) -> Route:
@@ -93,4 +100,5 @@ def visible_s(spec: RouteSpec, transfer_s: float, queue_s: float, prefill_s: flo
         return transfer_s + queue_s
     if spec.cost == "overlap":
         return max(transfer_s, queue_s)
-    return max(transfer_s - prefill_s, queue_s)
+    last_s, ahead_s = transfer_s / LAYERS, prefill_s * (1 - 1 / LAYERS)
+    return max(last_s, transfer_s - ahead_s, queue_s)

@@ -3,7 +3,8 @@
 Every process binds one ROUTER and dials one DEALER per peer. An envelope is one frame, typed,
 versioned and size-capped; what cannot be read is counted and dropped, and the socket goes on.
 ZeroMQ keeps the order between two living processes; what was sent to a dead one is lost, as nodes
-expect.
+expect. Addresses are `ipc://FILE`, or `tcp://HOST:PORT`, which is neither encrypted nor asks who
+dials: for networks that only these processes reach.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import msgspec
 import zmq
 
+from kvasir.core.errors import ConfigError
 from kvasir.core.events import AnyEvent
 from kvasir.core.ids import NodeId
 from kvasir.core.messages import WIRE_VERSION, AnyMessage
 
 QUEUE_MAX = 100_000  # envelopes waiting for one peer
 LINGER_MS = 200
+HEARTBEAT_MS = 2000  # over TCP: a peer whose host vanished without a word is noticed
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -51,15 +54,35 @@ class Wire:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Envelope)
         self._peers: dict[str, zmq.Socket[bytes]] = {}
-        self._inbox = self._context.socket(zmq.ROUTER)
+        self._inbox = self._socket(zmq.ROUTER, bind)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, message_bytes_max)
         self._inbox.setsockopt(zmq.RCVHWM, QUEUE_MAX)
-        self._inbox.setsockopt(zmq.LINGER, LINGER_MS)
-        self._inbox.bind(bind)
+        self._bind(bind)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._inbox.fileno(), self._readable)
         self._loop.call_soon(self._readable)
         self._closed = False
+
+    def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
+        made: zmq.Socket[bytes] = self._context.socket(kind)
+        made.setsockopt(zmq.LINGER, LINGER_MS)
+        if address.startswith("tcp:"):
+            made.setsockopt(zmq.IPV6, 1)
+            made.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        return made
+
+    def _bind(self, address: str) -> None:
+        """Raises ConfigError when the address cannot be had."""
+        try:
+            self._inbox.bind(address)
+        except zmq.ZMQError as error:
+            self._inbox.close()
+            self._context.term()
+            raise ConfigError(
+                f"messages cannot come in there: {error.strerror}",
+                where=address,
+                next_step="an address of this host and a free port, under endpoints",
+            ) from error
 
     def send(
         self, src: NodeId, dst: NodeId, messages: tuple[AnyMessage, ...],
@@ -80,9 +103,8 @@ class Wire:
     def _peer(self, address: str) -> zmq.Socket[bytes]:
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = self._context.socket(zmq.DEALER)
+            peer = self._peers[address] = self._socket(zmq.DEALER, address)
             peer.setsockopt(zmq.SNDHWM, QUEUE_MAX)
-            peer.setsockopt(zmq.LINGER, LINGER_MS)
             peer.setsockopt(zmq.RECONNECT_IVL, 20)
             peer.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
             peer.connect(address)

@@ -20,6 +20,7 @@ from kvasir.core.messages import (
     Dispatch,
     Drawn,
     KvWant,
+    Logprobs,
     Prompt,
     Received,
     SendOver,
@@ -48,6 +49,7 @@ class Opening(NamedTuple):
     salt: bytes
     gateway: NodeId
     emitted: int
+    ships: bool  # what is prefilled here goes on elsewhere
 
 
 class LiveWorker:
@@ -56,8 +58,10 @@ class LiveWorker:
     def __init__(
         self, node: Worker, runner: Runner, bus: Bus, transport: TransportSpec, run_dir: str,
         *, journal: Journal | None, on_failure: Callable[[BaseException], None],
-        observer: NodeId | None = None,
+        observer: NodeId | None = None, kv_host: str = "",
     ) -> None:  # fmt: skip
+        """`kv_host`: where KV comes in over TCP, loopback unless given. Raises ConfigError when it
+        is no address of this host."""
         fx.require("the live worker", PERFORMS, ())
         self.id: WorkerId = node.config.worker
         self.runner = runner
@@ -67,8 +71,8 @@ class LiveWorker:
         self._loop = asyncio.get_running_loop()
         self._layers = len(runner.spec.layers)
         self._openings: dict[Key, Opening] = {}
-        self._prompts: dict[Key, array[int]] = {}
-        self._sampled: dict[Key, list[int]] = {}
+        self._prompts: dict[Key, Prompt] = {}
+        self._sampled: dict[Key, Sampled] = {}  # by prefill: goes along with the KV
         self._addresses: dict[WorkerId, str] = {}
         self._sending: set[Key] = set()
         planes = runner.planes()
@@ -78,7 +82,7 @@ class LiveWorker:
         )  # fmt: skip
         self.receiver: Receiver = make_receiver(
             transport.kind, planes, on_received=self._on_received,
-            bind=run_dir if transport.kind == "shm" else None,
+            bind=run_dir if transport.kind == "shm" else _any_port(kv_host),
         )  # fmt: skip
         self.engine = EngineThread(
             runner, self._loop, push=self._push_layer, on_tokens=self._tokens,
@@ -105,12 +109,13 @@ class LiveWorker:
             request = message.request
             key = (request.id, message.attempt)
             self._openings[key] = Opening(
-                len(request.keys), request.salt, request.gateway, message.emitted
-            )
+                len(request.keys), request.salt, request.gateway, message.emitted,
+                message.phase == "prefill",
+            )  # fmt: skip
             self._maybe_open(key)
         elif isinstance(message, Prompt):
             key = (message.request_id, message.attempt)
-            self._prompts[key] = array("I", message.tokens)
+            self._prompts[key] = message
             self._maybe_open(key)
         elif isinstance(message, KvWant):
             self._addresses[message.target] = message.address
@@ -118,10 +123,10 @@ class LiveWorker:
     def _maybe_open(self, key: Key) -> None:
         if key not in self._openings or key not in self._prompts:
             return
-        opening, tokens = self._openings[key], self._prompts.pop(key)
-        self.engine.do(
-            lambda: self.runner.open(*key, tokens.tolist(), opening.keys_count, opening.salt)
-        )
+        opening, prompt = self._openings[key], self._prompts.pop(key)
+        tokens = array("I", prompt.tokens).tolist()
+        known = (opening.keys_count, opening.salt)
+        self.engine.do(lambda: self.runner.open(*key, tokens, *known, prompt.steering))
 
     # --- effects ----------------------------------------------------------------------------------
 
@@ -148,8 +153,11 @@ class LiveWorker:
         elif effect.blocks:
             self.sender.push(*key, effect.first_block, effect.blocks, range(self._layers))
         if effect.last:
-            tokens = tuple(self._sampled.get(key, ()))
-            self.sender.finish(*key, Trailer(tokens=tokens, report=effect.report))
+            first = self._sampled.get(key)
+            tokens = (first.token,) if first is not None else ()
+            logprobs = _told(first) if first is not None else ()
+            trailer = Trailer(tokens=tokens, report=effect.report, logprobs=logprobs)
+            self.sender.finish(*key, trailer)
 
     def _push_layer(self, stream: Stream, layer: int) -> None:
         self.sender.push(
@@ -186,9 +194,12 @@ class LiveWorker:
     def _tokens(self, batch: Sequence[Sampled]) -> None:
         by_gateway: dict[NodeId, list[Drawn]] = {}
         for one in batch:
-            self._sampled.setdefault((one.request_id, one.attempt), []).append(one.token)
+            key = (one.request_id, one.attempt)
+            opening = self._openings.get(key)
+            if opening is not None and opening.ships:
+                self._sampled[key] = one
             tokens = array("I", (one.token,)).tobytes()
-            drawn = Drawn(one.request_id, one.attempt, one.index, 1, tokens, one.end)
+            drawn = Drawn(*key, one.index, 1, tokens, one.end, _told(one))
             by_gateway.setdefault(one.gateway, []).append(drawn)
         for gateway, rows in by_gateway.items():
             self._bus.tell(self.id, gateway, Tokens(tuple(rows)))
@@ -212,7 +223,7 @@ class LiveWorker:
         if result.ok and trailer is not None and opening is not None:  # not released meanwhile
             for token in trailer.tokens:
                 self.engine.do(lambda token=token: self.runner.append(*key, token))  # type: ignore[misc]
-            self._repeat(key, opening, trailer.tokens)
+            self._repeat(key, opening, trailer)
         self.host.feed(
             Received(
                 *key, result.ok, result.bytes, result.seconds, result.transport, result.reason,
@@ -220,11 +231,14 @@ class LiveWorker:
             )
         )  # fmt: skip
 
-    def _repeat(self, key: Key, opening: Opening, tokens: tuple[int, ...]) -> None:
+    def _repeat(self, key: Key, opening: Opening, trailer: Trailer) -> None:
         """What prefill sampled, once more: on this connection no later token can overtake it."""
+        tokens = trailer.tokens
         if tokens:
             data = array("I", tokens).tobytes()
-            drawn = Drawn(*key, opening.emitted, len(tokens), data)
+            drawn = Drawn(
+                *key, opening.emitted, len(tokens), data, logprobs=trailer.logprobs
+            )
             self._bus.tell(self.id, opening.gateway, Tokens((drawn,)))
 
     def _call(self, action: Callable[[], None]) -> None:
@@ -232,3 +246,13 @@ class LiveWorker:
             self._loop.call_soon_threadsafe(action)
         except RuntimeError:  # the loop is closed: the process is going down
             return
+
+
+def _told(one: Sampled) -> tuple[Logprobs, ...]:
+    return (one.logprobs,) if one.logprobs is not None else ()
+
+
+def _any_port(host: str) -> str | None:
+    if not host:
+        return None
+    return f"[{host}]:0" if ":" in host else f"{host}:0"

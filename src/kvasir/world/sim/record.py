@@ -5,7 +5,15 @@ Listens at the gateway, where users would measure. Decides nothing.
 
 from __future__ import annotations
 
-from kvasir.core.events import AnyEvent, Closed, Preempted, Recomputed, Retried, Routed
+from kvasir.core.events import (
+    AnyEvent,
+    Closed,
+    Preempted,
+    PrefixUsed,
+    Recomputed,
+    Retried,
+    Routed,
+)  # fmt: skip
 from kvasir.core.ids import RequestId
 from kvasir.core.messages import Done, Report
 from kvasir.measure.itl import ItlRuns
@@ -22,6 +30,7 @@ class Recorder:
         self.outcomes: list[RequestOutcome] = []
         self.itl = ItlRuns()
         self.counts: dict[str, int] = {}
+        self.prefix_queries = self.prefix_hits = self.prefix_attainable = 0  # tokens
         self._last_token: dict[RequestId, float] = {}
         self._second_delay: dict[RequestId, float] = {}
         self._reports: dict[RequestId, Report] = {}
@@ -92,6 +101,10 @@ class Recorder:
         elif isinstance(event, Routed):
             where = f"{event.prefill} -> {event.decode}" if event.decode else event.prefill
             self._story.setdefault(event.request_id, []).append(f"{where}: {event.why}")
+        elif isinstance(event, PrefixUsed):
+            self.prefix_queries += event.input_tokens
+            self.prefix_hits += event.hit_tokens
+            self.prefix_attainable += event.attainable_tokens
         elif isinstance(event, (Recomputed, Preempted)):
             key = f"{name}.tokens"
             self.counts[key] = self.counts.get(key, 0) + event.tokens

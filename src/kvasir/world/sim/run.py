@@ -17,8 +17,9 @@ from kvasir.measure.detail import Detail, LinkUse, hottest, itl_counts
 from kvasir.measure.frames import frame
 from kvasir.measure.recovery import Recovery, recovery
 from kvasir.measure.results import canonical, result
-from kvasir.measure.summary import RequestOutcome, Summary, summarise
+from kvasir.measure.summary import PrefixUse, RequestOutcome, Summary, summarise
 from kvasir.traces.record import Trace
+from kvasir.traces.statistics import shared_tokens
 from kvasir.world.journal import Journal, Listener, Listeners
 from kvasir.world.sim.clients import reaching, seen
 from kvasir.world.sim.faults import Faults, resolve, windows
@@ -158,6 +159,10 @@ def _result(world: SimWorld, deployment: Deployment, trace: Trace, seed: int) ->
         gpus=sum(p.count * p.gpus for p in deployment.pools),
         first_token=deployment.first_token,
         bytes_by_tier=dict(by_tier),
+        prefix=PrefixUse(
+            recorder.prefix_queries, recorder.prefix_hits, recorder.prefix_attainable,
+            shared_tokens(trace),
+        ),
         notes=trace.notes,
     )
     cost = _recovery(world, deployment)
