@@ -56,7 +56,9 @@ BAD: dict[str, tuple[str, int, str, str]] = {
         replaced("  route:\n", "  oracle: tier\n  route:\n"), 13, "policy.oracle",
         "policy.route.oracle",
     ),
-    "far from every key": (GOOD + "zzz: 1\n", 18, "zzz is not a known key", "block_size, endpoints"),
+    "far from every key": (
+        GOOD + "zzz: 1\n", 18, "zzz is not a known key", "block_size, endpoints",
+    ),
     "wrong choice": (
         replaced("role: decode", "role: decoder"), 10,
         "pools[1].role is 'decoder', not one of prefill, decode, mixed", "decode",

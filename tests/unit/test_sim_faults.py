@@ -194,12 +194,14 @@ def test_every_entry_of_the_file_has_a_window() -> None:
 
 
 def test_what_the_documentation_shows_can_be_run() -> None:
-    """Each YAML block of docs/network.md, on a deployment that has what it names."""
+    """Each whole YAML block of docs/network.md, on a deployment that has what it names."""
     page = (Path(__file__).parents[2] / "docs" / "network.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in page.split("```yaml\n")[1:]]
+    blocks = [block for block in blocks if not block.startswith(" ")]
     head = "models: [{name: m, shape: llama-3-8b}]\npools:\n"
     for block in blocks:
         count = 2 if "faults:" in block else 1
         pools = [f"  - {{name: {n}, role: {n}, count: {count}}}\n" for n in ("prefill", "decode")]
-        check(parse_deployment(head + "".join(pools) + block, "docs/network.md"))
-    assert len(blocks) == 2
+        tcp = "transport: {kind: tcp}\n" if "endpoints:" in block else ""
+        check(parse_deployment(head + "".join(pools) + tcp + block, "docs/network.md"))
+    assert len(blocks) == 3
