@@ -466,7 +466,7 @@ def wrong_blocks(c: Cluster, texts: Sequence[Sequence[int]]) -> list[str]:
         pool, words = c.node(worker).pool, c.threads.runners[worker]._words
         for key in pool.all_keys():
             (block,) = pool.match([key])
-            found = words[:, block * SIZE : (block + 1) * SIZE].tolist()
+            found = words[:, block * SIZE : (block + 1) * SIZE, 0].tolist()
             if key not in true or found != [[h ^ salt for h in true[key]] for salt in SALTS]:
                 wrong.append(f"{worker} block {block}")
     return wrong

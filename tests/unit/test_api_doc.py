@@ -1,4 +1,4 @@
-"""The examples of docs/api.md: what it says is served is accepted, what is refused is refused so."""
+"""The examples of docs/api.md: what it says is served is accepted, what is refused is refused."""
 
 import asyncio
 import re

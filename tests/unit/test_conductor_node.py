@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from kvasir.core.effects import Timer
-from kvasir.core.events import Queued, Rejected, Retried, Routed, WorkerJoined, WorkerLeft
+from kvasir.core.events import (
+    PrefixUsed,
+    Queued,
+    Rejected,
+    Retried,
+    Routed,
+    WorkerJoined,
+    WorkerLeft,
+)
 from kvasir.core.messages import (
     Abort,
     Accepted,
@@ -118,6 +126,25 @@ def reserved(c: Driven[Conductor]) -> dict[str, int]:
 
 
 # --- the usual way --------------------------------------------------------------------------------
+
+
+def test_each_prefill_says_what_it_hit_and_what_it_could_have_hit() -> None:
+    """The decode worker has all 8 tokens, in blocks of 4; the last token is always computed."""
+    c = conductor()
+    of = request(tokens=8, group=7)
+    c(KvEvents("d", 1, 1, of.keys))
+    submit(c, of)
+    (used,) = prefilled(c).noted(PrefixUsed)
+    assert used == PrefixUsed("p", "r", 8, 4, 4)
+    assert not finished(c).noted(PrefixUsed), "told once"
+
+
+def test_a_request_that_ends_with_its_first_token_says_it_too() -> None:
+    c = conductor("m")
+    submit(c)
+    (used,) = finished(c, "m").noted(PrefixUsed)
+    assert (used.input_tokens, used.attainable_tokens) == (10, 0)
+    assert used.hit_tokens == REPORT.prefill.cached_tokens
 
 
 def test_workers_are_welcomed_with_the_epoch() -> None:

@@ -12,9 +12,9 @@ TTL_S = 120.0
 
 def silent(**more: Any) -> Driven[Any]:
     """One prefill and one decode worker that tell nothing."""
-    c = conductor("m", **more)
+    c = conductor(**more)
     for worker in ("p", "d"):
-        join(c, worker, kv_events=False)
+        join(c, worker, kv_events=False, incarnation=2)
     c.heard.clear()
     return c
 
@@ -37,7 +37,8 @@ def test_a_silent_worker_that_starts_again_has_nothing() -> None:
     c = silent()
     of = request(group=7)
     submit(c, of)
-    join(c, "p", kv_events=False, incarnation=2)
+    assert "p" in c.node.index.match(of.keys)
+    join(c, "p", kv_events=False, incarnation=3)
     assert "p" not in c.node.index.match(of.keys)
 
 

@@ -86,7 +86,7 @@ class Grammars:
         """At the beginning of a text. Waits for the compiler."""
         try:
             inner = self.prepare(grammar).result().deep_copy()
-        except (ValueError, OSError):  # the grammar, or the tokenizer's file
+        except (ImportError, OSError, RuntimeError, ValueError):  # grammar, tokenizer, library
             inner = None
         return Matcher(inner, self._vocab)
 
