@@ -1,7 +1,7 @@
 """When do separate prefill and decode workers pay? Goodput of both at equal GPUs.
 
     python -m bench.disaggregate [--jobs 2] [--seeds 3] [--only a100] [--plots docs/disaggregate]
-    python -m bench.disaggregate --quick       one cell, two contenders, seconds
+    python -m bench.disaggregate --quick       one cell, three contenders, seconds
 
 Goodput is the highest rate at which 90 % of the requests meet TTFT and TPOT jointly, per GPU, found
 by bisection for each seed; contenders share a seed's arrivals, so ratios are paired. Mixed workers
@@ -77,7 +77,6 @@ def only(contenders: Mapping[str, Contender], *names: str) -> dict[str, Contende
     return {name: contenders[name] for name in names}
 
 
-FEW: Final = only(FOUR, "mixed 512", "mixed 2048", "1P:3D", "2P:2D", "3P:1D", "2P:2D joint 0.01")
 TIGHT: Final = {"mixed 256": mixed(256)} | only(
     FOUR, "mixed 512", "2P:2D", "3P:1D", "2P:2D joint 0.01"
 )
