@@ -248,7 +248,7 @@ def brute_force(held: dict[str, Held], query: list[BlockKey]) -> dict[str, TierH
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=150, stateful_step_count=40)
+TestIndex.settings = settings(max_examples=300, stateful_step_count=40)
 
 
 @given(st.lists(st.sets(st.sampled_from(KEYS)), min_size=1, max_size=80))
@@ -262,6 +262,21 @@ def test_any_number_of_workers(parts: list[set[BlockKey]]) -> None:
     index.check()
     for query in QUERIES:
         assert index.tiers(query) == brute_force(held, query)
+
+
+@pytest.mark.parametrize("workers", [7, 30])
+def test_workers_that_hold_a_prompt_to_a_depth_each(workers: int) -> None:
+    index = PrefixIndex()
+    names = [f"w{i}" for i in range(workers)]
+    for i, worker in enumerate(names):
+        index.join(worker, 1)
+        index.apply(worker, 1, 1, LONG[: i + 1], ())
+    assert index.match(LONG) == {worker: i + 1 for i, worker in enumerate(names)}
+    assert index.match(LONG[:1]) == dict.fromkeys(names, 1)
+    for worker in names[::2]:
+        index.leave(worker)
+    assert index.match(LONG[:1]) == dict.fromkeys(names[1::2], 1)
+    index.check()
 
 
 @given(
@@ -322,15 +337,26 @@ def test_a_head_that_was_lost_comes_back() -> None:
 
 def test_blocks_that_came_one_by_one_become_runs_when_a_prompt_follows_them() -> None:
     """The order in which blocks came costs time once, and never a hit."""
-    runs = Runs(1000)
-    chains = [[trace_key(1000 * c + i) for i in range(50)] for c in (1, 2, 3)]
-    for at in range(50):
+    runs, size = Runs(1000), 2 * RUN_MAX + 9
+    chains = [[trace_key(1000 * c + i) for i in range(size)] for c in (1, 2, 3)]
+    for at in range(size):
         runs.add(1, [chain[at] for chain in chains])
     for _ in range(2):
         parts = [list(runs.walk(chain)) for chain in chains]
-        assert all(part[-1] == (50, 1) for part in parts)
-    assert [len(part) for part in parts] == [1, 1, 1]
-    runs.check()
+        assert all(part[-1] == (size, 1) for part in parts)
+        runs.check()
+    assert [len(part) for part in parts] == [3, 3, 3]
+
+
+def test_a_prompt_that_names_a_block_twice_does_no_harm() -> None:
+    """No chain does. Runs may join while it is walked, and the second time be the one before."""
+    runs = Runs(10)
+    runs.add(1, FORK)
+    list(runs.walk(FIRST))
+    for query in (FORK[2:] + FIRST, FIRST[:1] * 3, FORK + FORK):
+        covered = [key for key in query if key in FORK]
+        assert list(runs.walk(query))[-1] == (len(covered), 1)
+        runs.check()
 
 
 def test_a_key_that_two_neighbours_spell_is_not_found_in_them() -> None:

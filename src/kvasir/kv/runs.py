@@ -72,6 +72,7 @@ class Runs:
             at += len(run.data) // KEY_BYTES
             if (
                 before is not None
+                and before is not run  # no prompt names a block twice, but keys come from outside
                 and before.mask is run.mask
                 and len(before.data) + len(run.data) <= RUN_MAX * KEY_BYTES
             ):
