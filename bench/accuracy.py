@@ -1,6 +1,6 @@
 """How far the simulator is from measured servers: median and p90 absolute error of TTFT and TPOT.
 
-    python -m bench.accuracy [FILE] [--all] [--others N] [--loo] [--aiconfigurator ANSWERS]
+    python -m bench.accuracy FILE [--all] [--others N] [--loo] [--aiconfigurator ANSWERS]
 
 Each row is simulated as it was measured: a closed loop of users on the row's deployment, by the
 same conductor and workers that serve live; vLLM's rows under `batch: vllm_v1`, whose error is shown
@@ -34,7 +34,6 @@ from kvasir.measure.calibration import load_tables
 from kvasir.traces.closed import ClosedSpec
 from kvasir.world.sim.closed import simulate_closed
 
-FILE = Path("../shared/data/calibration/silicon/silicon_sample.csv.gz")
 GOALS = {"ttft": 0.12, "tpot": 0.08}
 REQUESTS_MIN, USERS_MAX = 160, 512
 LOO_ROWS, LOO_USERS_MAX = 120, 64
@@ -339,7 +338,7 @@ def by_coverage(cases: Sequence[Case], found: dict[str, Errors], of: Counter[str
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, default=FILE)
+    parser.add_argument("file", type=Path, help="CSV of measured servers")
     parser.add_argument("--all", action="store_true", help="every row that says enough")
     parser.add_argument("--others", type=int, default=150, help="rows outside headline 1")
     parser.add_argument("--headline", type=int, default=10**6, help="rows of headline 1 at most")
