@@ -159,7 +159,7 @@ class Metrics(Collector):
             "kvasir_prefix_cache_queries_tokens", "Prompt tokens that were prefilled, or found."
         )
         self._hits = Counter(
-            "kvasir_prefix_cache_hits_tokens", "Prompt tokens whose KV was in the prefill's cache."
+            "kvasir_prefix_cache_hit_tokens", "Prompt tokens whose KV was in the prefill's cache."
         )
         self._attainable = Counter(
             "kvasir_prefix_cache_attainable_tokens",
