@@ -243,7 +243,7 @@ def test_a_response_format_whole_and_streamed(folder: Path) -> None:
                 assert whole["finish_reason"] == "stop"
                 jsonschema.validate(json.loads(streamed), SCHEMA)
             choice = {"structured_outputs": {"choice": ["Dvalin", "Ægir"]}, "temperature": 2.0}
-            picked = (await chat(client, **choice, n=8)).json()["choices"]
+            picked = (await chat(client, **choice, n=8, seed=1)).json()["choices"]
             assert {one["message"]["content"] for one in picked} == {"Dvalin", "Ægir"}
             text = {"model": MODEL, "prompt": "x", "guided_regex": "[0-9]{4}", "max_tokens": 9}
             got = (await client.post("/v1/completions", json=text)).json()["choices"][0]["text"]
