@@ -79,8 +79,8 @@ class Case(NamedTuple):
     @property
     def load(self) -> tuple[object, ...]:
         """Equal for rows that are the same simulation."""
-        return (self.deployment, self.users, self.input_tokens, self.output_tokens,
-                self.length_min_share, self.waves)  # fmt: skip
+        return (self.deployment.model_dump_json(), self.users, self.input_tokens,
+                self.output_tokens, self.length_min_share, self.waves)  # fmt: skip
 
     def batched(self, policy: str) -> Case:
         """The same under another batch policy."""
