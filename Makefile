@@ -10,7 +10,7 @@ PORT  ?= 8000
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long test-real check bench docs clean
+.PHONY: help install serve test test-long test-real check bench bench-vllm docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ check: $(STAMP) ## ruff, mypy --strict on src, tidy (layers, purity, sizes)
 
 bench: $(STAMP) ## print the measured figures and their share of the limit
 	$(BIN)/python bench/sim.py
+
+bench-vllm: $(STAMP) ## the embedded engine beside vLLM on a CPU (installs it in .peers, 3 GB)
+	sh bench/vllm.sh $(PYTHON)
+	$(BIN)/python -m bench.vllm
 
 docs: $(STAMP) ## run the examples in the docs
 	$(BIN)/python -m pytest -q tests/unit/test_docs.py

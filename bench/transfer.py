@@ -1,12 +1,16 @@
 """How fast KV moves between two processes, beside what this machine can do at all, in the same run.
 
-    python -m bench.transfer [--mib 64] [--repeats 7] [--frame-kib 1024]
+    python -m bench.transfer [--kib 64,16384,262144] [--repeats 7] [--frame-kib 4096]
 
-shm stands beside one numpy copy of the same bytes, tcp beside plain `sendmsg` into `recv_into` on a
-loopback socket between the same two processes, with no frames, checksums or blocks. All four take
-turns within each repeat. Prints a line each with the median rate, its spread, the ratio of medians,
-and the CPU time of both processes together, which other load on the machine moves far less than the
-rate; the last line is JSON.
+shm stands beside one numpy copy of the same bytes in one process; tcp beside plain `sendmsg` into
+`recv_into` on a loopback socket between two processes, with no frames, checksums or blocks. All
+take turns within each repeat, each in a process pair of its own. Prints a line each with the median
+time and rate, its spread, the ratio of medians, and the CPU time of both processes together, which
+other load on the machine moves far less than the rate. The last line is JSON.
+
+64 KiB is one block of one layer, K and V; larger sizes are 16 layers. Where NIXL or Mooncake are
+installed, ours over them and NIXL by itself, in its default form and without a progress thread
+(`UCX_TLS` is read by UCX), take their turns too.
 """
 
 from __future__ import annotations
@@ -25,20 +29,58 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from kvasir.transfer import ReceiveResult, Trailer, make_receiver, make_sender
+from kvasir.transfer import (
+    PLAIN,
+    ReceiveResult,
+    Trailer,
+    able,
+    make_receiver,
+    make_sender,
+    open_media,
+)
+from kvasir.transfer.arena import Arena
+from kvasir.transfer.frames import PlaneAt
+from kvasir.transfer.onesided import Move, Welcome
 from kvasir.transfer.sender import FRAME_BYTES_MAX
 
 LAYERS, BLOCK_BYTES = 16, 32 * 1024  # 16 tokens x 8 heads x 128 x bf16
+BLOCK_OF_LAYER = 2 * BLOCK_BYTES
 WAIT_S = 60.0
 RAW_CALL_BYTES = 1 << 20
+FLOORS = {"shm": "numpy copy", "tcp": "raw socket"}
+
+Planes = list[list[np.ndarray]]
 
 
-def planes_of(blocks: int, fill: int) -> list[list[np.ndarray]]:
-    return [
-        [np.full((blocks, BLOCK_BYTES), fill, np.uint8) for _ in range(2)] for _ in range(LAYERS)
-    ]
+class Size(NamedTuple):
+    """What one round ships: the first `blocks` blocks of the first `layers` layers."""
+
+    blocks: int
+    layers: int
+
+    @property
+    def bytes(self) -> int:
+        return self.blocks * self.layers * BLOCK_OF_LAYER
+
+
+def size_of(kib: int) -> Size:
+    nbytes = kib << 10
+    if nbytes < LAYERS * BLOCK_OF_LAYER:
+        return Size(max(1, nbytes // BLOCK_OF_LAYER), 1)
+    return Size(nbytes // (LAYERS * BLOCK_OF_LAYER), LAYERS)
+
+
+def planes_of(blocks: int, fill: int, arena: Arena | None = None) -> Planes:
+    def plane() -> np.ndarray:
+        count = blocks * BLOCK_BYTES
+        found = np.empty(count, np.uint8) if arena is None else arena.take(count)
+        found[:] = fill
+        return found.reshape(blocks, BLOCK_BYTES)
+
+    return [[plane(), plane()] for _ in range(LAYERS)]
 
 
 # --- the decode process ----------------------------------------------------------------------
@@ -51,33 +93,55 @@ def decode_process(kind: str, blocks: int, run_dir: str) -> None:
         raw_receiver(planes)
         return
     results: queue.Queue[ReceiveResult] = queue.Queue()
-    bind = run_dir if kind == "shm" else None
-    receiver = make_receiver(kind, planes, on_received=results.put, bind=bind)
-    print(receiver.address, flush=True)
+    if kind.startswith("NIXL"):
+        bare_nixl_receiver(planes)
+        return
+    media = open_media(kind, planes, run_dir=run_dir)
+    receiver = make_receiver(media, planes, on_received=results.put)
+    print(receiver.addresses[0], flush=True)
     for line in sys.stdin:
-        attempt, scattered = json.loads(line)
-        ids = order(blocks, scattered, seed=2)
-        receiver.expect("bench", attempt, 0, ids, LAYERS, time.monotonic() + WAIT_S)
+        attempt, count, layers, scattered = json.loads(line)
+        ids = order(count, scattered, seed=2)
+        receiver.expect("bench", attempt, 0, ids, layers, time.monotonic() + WAIT_S)
         print("ready", flush=True)
         result = results.get(timeout=WAIT_S)
         print(json.dumps([time.process_time(), result.ok, result.reason]), flush=True)
     receiver.close()
 
 
-def raw_receiver(planes: list[list[np.ndarray]]) -> None:
+def raw_receiver(planes: Planes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(server.getsockname()[1], flush=True)
         sock, _ = server.accept()
         with sock:
-            for _ in sys.stdin:
+            for line in sys.stdin:
+                size = Size(*json.loads(line))
                 print("ready", flush=True)
-                for layer in planes:
-                    for plane in layer:
-                        view = plane.reshape(-1).data
-                        while view:
-                            view = view[sock.recv_into(view[:RAW_CALL_BYTES]) :]
+                for view in views(planes, size):
+                    while view:
+                        view = view[sock.recv_into(view[:RAW_CALL_BYTES]) :]
                 sock.sendall(b"!")
                 print(json.dumps([time.process_time(), True, ""]), flush=True)
+
+
+def bare_nixl_receiver(planes: Planes) -> None:
+    """Memory to write into, and nothing else."""
+    from kvasir.transfer.nixl import NixlMover
+
+    mover = NixlMover()  # nobody polls here
+    mover.register([plane for layer in planes for plane in layer])
+    card = Welcome(mover.card(), tuple(
+        PlaneAt(plane.ctypes.data, *plane.shape) for layer in planes for plane in layer
+    ))  # fmt: skip
+    print(msgspec.json.encode(card).decode(), flush=True)
+    for _ in sys.stdin:
+        print("ready", flush=True)
+        print(json.dumps([time.process_time(), True, ""]), flush=True)
+
+
+def views(planes: Planes, size: Size) -> list[memoryview]:
+    found = [plane for layer in planes[: size.layers] for plane in layer]
+    return [plane[: size.blocks].reshape(-1).data for plane in found]
 
 
 class Decode:
@@ -138,11 +202,12 @@ def order(blocks: int, scattered: bool, seed: int) -> list[int]:
     return [int(i) for i in ids]
 
 
-def numpy_copy(source: list[list[np.ndarray]], target: list[list[np.ndarray]]) -> Round:
+def numpy_copy(source: Planes, target: Planes, size: Size) -> Round:
+    pairs = list(zip(views(source, size), views(target, size), strict=True))
+    arrays = [(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)) for a, b in pairs]
     watch = Watch()
-    for planes, copies in zip(source, target, strict=True):
-        for plane, copy in zip(planes, copies, strict=True):
-            np.copyto(copy, plane)
+    for here, there in arrays:
+        np.copyto(there, here)
     return watch.read()
 
 
@@ -150,24 +215,24 @@ class Shipping:
     """One kind of transport between this process and a decode process."""
 
     def __init__(
-        self, kind: str, source: list[list[np.ndarray]], run_dir: str, frame_bytes: int
+        self, kind: str, source: Planes, arena: Arena, run_dir: str, frame_bytes: int
     ) -> None:
-        self._blocks = len(source[0][0])
-        self._decode = Decode(kind, self._blocks, run_dir)
+        self._decode = Decode(kind, len(source[0][0]), run_dir)
         self._over: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self._sender = make_sender(
-            kind, source, on_over=lambda *a: self._over.put(a), frame_bytes_max=frame_bytes
-        )
+            open_media(kind, source, arena=arena), source,
+            on_over=lambda *a: self._over.put(a), frame_bytes_max=frame_bytes,
+        )  # fmt: skip
         self._attempt = 0
 
-    def round(self, scattered: bool) -> Round:
+    def round(self, size: Size, scattered: bool = False) -> Round:
         self._attempt += 1
-        ids = order(self._blocks, scattered, seed=1)
-        self._decode.ready(self._attempt, scattered)
+        ids = order(size.blocks, scattered, seed=1)
+        self._decode.ready(self._attempt, *size, scattered)
         watch = Watch()
         deadline_s = time.monotonic() + WAIT_S
         self._sender.open("bench", self._attempt, self._decode.address, deadline_s)
-        self._sender.push("bench", self._attempt, 0, ids, range(LAYERS))
+        self._sender.push("bench", self._attempt, 0, ids, range(size.layers))
         self._sender.finish("bench", self._attempt, Trailer())
         ok, reason = self._over.get(timeout=WAIT_S)[2:]
         here = watch.read()
@@ -182,20 +247,18 @@ class Shipping:
 class Raw:
     """The same bytes through a plain socket."""
 
-    def __init__(self, source: list[list[np.ndarray]], run_dir: str) -> None:
+    def __init__(self, source: Planes, run_dir: str) -> None:
         self._source = source
         self._decode = Decode("raw", len(source[0][0]), run_dir)
         self._sock = socket.create_connection(("127.0.0.1", int(self._decode.address)))
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def round(self) -> Round:
-        self._decode.ready()
+    def round(self, size: Size) -> Round:
+        self._decode.ready(*size)
         watch = Watch()
-        for planes in self._source:
-            for plane in planes:
-                view = plane.reshape(-1).data
-                while view:
-                    view = view[self._sock.sendmsg([view[:RAW_CALL_BYTES]]) :]
+        for view in views(self._source, size):
+            while view:
+                view = view[self._sock.sendmsg([view[:RAW_CALL_BYTES]]) :]
         assert self._sock.recv(1)
         here = watch.read()
         return here._replace(cpu_s=here.cpu_s + self._decode.cpu_s())
@@ -205,23 +268,59 @@ class Raw:
         self._decode.close()
 
 
+class BareNixl:
+    """One NIXL write of everything, and polls until it is over. `kind`: default or tuned."""
+
+    def __init__(self, kind: str, source: Planes, run_dir: str) -> None:
+        from kvasir.transfer.nixl import NixlMover
+
+        self._decode = Decode(kind, len(source[0][0]), run_dir)
+        there = msgspec.json.decode(self._decode.address, type=Welcome)
+        flat = [plane for layer in source for plane in layer]
+        self._mover = NixlMover(progress=kind == "NIXL default")
+        self._mover.register(flat)
+        self._peer = self._mover.meet(there.card)
+        self._places = list(zip(flat, there.planes, strict=True))
+
+    def round(self, size: Size) -> Round:
+        nbytes = size.blocks * BLOCK_BYTES
+        moves = [
+            Move(plane.ctypes.data, at.offset, nbytes)
+            for plane, at in self._places[: 2 * size.layers]
+        ]
+        self._decode.ready()
+        pause_s = 50e-6 if size.bytes > 1 << 20 else 0.0
+        watch = Watch()
+        over = self._mover.write(self._peer, moves)
+        while not over():
+            time.sleep(pause_s)
+        here = watch.read()
+        return here._replace(cpu_s=here.cpu_s + self._decode.cpu_s())
+
+    def close(self) -> None:
+        self._decode.close()
+
+
 # --- the report ------------------------------------------------------------------------------
 
 
-def measure(rounds: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
+def measure(paths: dict[str, Callable[[Size], Round]], size: Size, repeats: int) -> Found:
     """All take turns, and the first turn is not counted."""
-    found: dict[str, list[Round]] = {name: [] for name in rounds}
+    found: Found = {name: [] for name in paths}
     for turn in range(repeats + 1):
-        for name, run in rounds.items():
-            result = run()
+        for name, run in paths.items():
+            result = run(size)
             if turn:
                 found[name].append(result)
     return found
 
 
+Found = dict[str, list[Round]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--mib", type=int, default=64)
+    parser.add_argument("--kib", default="64,16384,262144", help="sizes, with commas between")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--frame-kib", type=int, default=FRAME_BYTES_MAX // 1024)
     parser.add_argument("--decode", nargs=3, help=argparse.SUPPRESS)
@@ -230,52 +329,55 @@ def main() -> None:
         kind, blocks, run_dir = given.decode
         decode_process(kind, int(blocks), run_dir)
         return
-    blocks = max(1, (given.mib << 20) // (LAYERS * 2 * BLOCK_BYTES))
-    nbytes = blocks * LAYERS * 2 * BLOCK_BYTES
-    source, target = planes_of(blocks, 7), planes_of(blocks, 1)
+    sizes = [size_of(int(kib)) for kib in given.kib.split(",")]
+    blocks, arena = max(size.blocks for size in sizes), Arena()
+    source, target = planes_of(blocks, 7, arena), planes_of(blocks, 1)
     with tempfile.TemporaryDirectory() as run_dir:
-        shm = Shipping("shm", source, run_dir, given.frame_kib << 10)
-        tcp = Shipping("tcp", source, run_dir, given.frame_kib << 10)
+        shm = Shipping("shm", source, arena, run_dir, given.frame_kib << 10)
+        tcp = Shipping("tcp", source, arena, run_dir, given.frame_kib << 10)
         raw = Raw(source, run_dir)
-        found = measure(
-            {
-                "numpy copy": lambda: numpy_copy(source, target),
-                "shm": lambda: shm.round(False),
-                "shm scattered": lambda: shm.round(True),
-                "raw socket": raw.round,
-                "tcp": lambda: tcp.round(False),
-                "tcp scattered": lambda: tcp.round(True),
-            },
-            given.repeats,
-        )
-        for end in (shm, tcp, raw):
+        paths: dict[str, Callable[[Size], Round]] = {
+            "numpy copy": lambda size: numpy_copy(source, target, size),
+            "shm": shm.round,
+            "shm scattered": lambda size: shm.round(size, True),
+            "raw socket": raw.round,
+            "tcp": tcp.round,
+            "tcp scattered": lambda size: tcp.round(size, True),
+        }
+        others: list[Shipping | BareNixl] = []
+        for kind in set(able()) - set(PLAIN):
+            others.append(Shipping(kind, source, arena, run_dir, given.frame_kib << 10))
+            paths[kind] = others[-1].round
+        for kind in ("NIXL default", "NIXL tuned") if "nixl" in able() else ():
+            others.append(BareNixl(kind, source, run_dir))
+            paths[kind] = others[-1].round
+        figures = [report(measure(paths, size, given.repeats), size.bytes) for size in sizes]
+        for end in (shm, tcp, raw, *others):
             end.close()
-    report(found, nbytes, given)
-
-
-def report(found: dict[str, list[Round]], nbytes: int, given: argparse.Namespace) -> None:
-    size = nbytes / 1e9
-    rates = {name: sorted(size / r.seconds for r in rounds) for name, rounds in found.items()}
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    cpu = {
-        name: statistics.median(r.cpu_s for r in rounds) / size for name, rounds in found.items()
-    }
-    floors = {"shm": "numpy copy", "tcp": "raw socket"}
-    ratios = {}
-    for name, values in rates.items():
-        share, floor = "", floors.get(name.split()[0])
-        if floor:
-            ratios[name] = medians[name] / medians[floor]
-            share = f"  {ratios[name]:5.0%} of {floor}, {cpu[name] / cpu[floor]:.2f} x its CPU"
-        spread = f"({values[0]:.2f}..{values[-1]:.2f})"
-        print(f"{name:14s} {medians[name]:6.2f} GB/s {spread:14s} {cpu[name]:.2f} CPU s/GB{share}")
-    figures = {
-        "bench": "transfer", "bytes": nbytes, "repeats": given.repeats,
-        "frame_bytes": given.frame_kib << 10, "gb_per_s": medians, "cpu_s_per_gb": cpu,
-        "ratio": ratios, "load": os.getloadavg()[0], "cores": os.cpu_count(),
+    print(json.dumps({
+        "bench": "transfer", "repeats": given.repeats, "frame_bytes": given.frame_kib << 10,
+        "sizes": figures, "load": os.getloadavg()[0], "cores": os.cpu_count(),
         "python": platform.python_version(),
-    }  # fmt: skip
-    print(json.dumps(figures))
+    }))  # fmt: skip
+
+
+def report(found: Found, nbytes: int) -> dict[str, Any]:
+    """Prints one size; returns its figures."""
+    print(f"--- {nbytes >> 10:,} KiB")
+    seconds = {name: statistics.median(r.seconds for r in rounds) for name, rounds in found.items()}
+    cpu = {name: statistics.median(r.cpu_s for r in rounds) for name, rounds in found.items()}
+    ratios = {}
+    for name, rounds in found.items():
+        share, floor = "", FLOORS.get(name.split()[0])
+        if floor:
+            ratios[name] = seconds[floor] / seconds[name]
+            share = f"  {ratios[name]:5.0%} of {floor}, {cpu[name] / cpu[floor]:.2f} x its CPU"
+        rates = [nbytes / r.seconds / 1e9 for r in rounds]
+        print(
+            f"{name:14s} {seconds[name] * 1e3:8.3f} ms {nbytes / seconds[name] / 1e9:6.2f} GB/s "
+            f"({min(rates):.2f}..{max(rates):.2f}) {cpu[name] * 1e3:7.2f} CPU ms{share}"
+        )
+    return {"bytes": nbytes, "seconds": seconds, "cpu_s": cpu, "ratio": ratios}
 
 
 if __name__ == "__main__":

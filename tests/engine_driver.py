@@ -62,6 +62,9 @@ class Job:
     keys: list[bytes] = field(default_factory=list)
     steering: Steering | None = None
     drawn: list[Sampled] = field(default_factory=list)
+    draft: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def known(self) -> int:
@@ -85,7 +88,9 @@ class Driver:
         """The job's next row, with the blocks that it needs for `steps` iterations."""
         tokens = min(chunk, job.known - job.computed)
         draws = sample and job.computed + tokens == job.known
-        needed = -(-(job.computed + tokens + steps - 1) // self.size)
+        draft = job.draft if draws and tokens == 1 else 0
+        ahead = min(steps * (1 + draft), max(1, job.n - len(job.output)))
+        needed = -(-(job.computed + tokens - 1 + ahead) // self.size)
         new = tuple(job.free[: max(0, needed - job.held)])
         del job.free[: len(new)]
         job.held += len(new)
@@ -101,6 +106,7 @@ class Driver:
             end_at=job.n,
             gateway="gateway-0",
             sampling=job.sampling,
+            draft=draft,
         )
         job.fresh = False
         return row
@@ -117,7 +123,9 @@ class Driver:
             mine = [s for s in drawn if s.request_id == job.name]
             job.drawn += mine
             job.output += [s.token for s in mine]
-            job.computed += row.count + result.steps_done - 1
+            assert len(mine) == done.sampled
+            job.computed += row.count + max(done.sampled, 1) - 1
+            job.drafted, job.accepted = job.drafted + done.drafted, job.accepted + done.accepted
             job.end, job.keys = done.end, [*job.keys, *done.keys]
         return result
 

@@ -20,11 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # kv/runs stays out: a compiled msgspec.Struct loses its class keywords (eq, gc).
 MODULES = (
-    "kv/pool", "kv/prefix", "node/work", "node/cohort", "node/blocks", "node/prefixes",
-    "node/window", "node/worker", "node/request", "node/conductor", "node/placement",
-    "node/admission", "policy/batch", "policy/admit", "policy/route/*", "net/maxmin", "net/own",
-    "net/oracle", "cost/step", "cost/curve", "world/sim/executor", "world/sim/transfers",
-    "world/sim/network", "world/sim/record", "measure/itl",
+    "kv/pool", "kv/prefix", "kv/tiers", "node/work", "node/cohort", "node/blocks", "node/prefixes",
+    "node/outbound", "node/steps", "node/tiers", "node/window", "node/worker", "node/request",
+    "node/conductor", "node/placement", "node/admission", "policy/batch", "policy/admit",
+    "policy/route/*", "net/maxmin", "net/own", "net/oracle", "cost/step", "cost/curve",
+    "world/sim/executor", "world/sim/transfers", "world/sim/network", "world/sim/record",
+    "measure/itl",
 )  # fmt: skip
 SETUP = """
 from setuptools import setup

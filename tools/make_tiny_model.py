@@ -1,4 +1,4 @@
-"""Writes the model that ships with the package: `python tools/make_tiny_model.py`.
+"""Writes the tiny model that ships for tests: `python tools/make_tiny_model.py`.
 
 95 thousand random parameters of Qwen3 shape in float32, one token per byte. The same libraries give
 the same bytes.

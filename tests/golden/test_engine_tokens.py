@@ -1,4 +1,5 @@
-"""The torch runner gives the very tokens of transformers' `generate`: greedy, float32.
+"""The torch runner gives the very tokens of transformers' `generate`: greedy, float32; with its own
+fused layers and with transformers' modules.
 
 In float32 the top two logits are 500 times further apart than batching and chunking move them, so
 equality is a sound test (in bfloat16 it is not: `generate` differs from itself in 2% of tokens).
@@ -24,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 
 from kvasir.core.keys import block_keys  # noqa: E402
 from kvasir.core.request import Sampling  # noqa: E402
+from kvasir.engine.decoder import FusedDecoder, TransformersDecoder  # noqa: E402
 from kvasir.engine.tiny import EOS_TOKEN_ID, VOCAB, make_tiny, write_tokenizer  # noqa: E402
 from kvasir.engine.torch_runner import TorchRunner  # noqa: E402
 from tests.engine_driver import (  # noqa: E402
@@ -51,18 +53,30 @@ SMALL = {
 }  # fmt: skip
 
 
-def make_windowed(folder: Path, architecture: str) -> Path:
-    """Mistral slides in every layer; this Qwen3 in its second one only."""
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 256}  # fmt: skip
+
+
+def make_other(folder: Path, architecture: str) -> Path:
+    """Mistral slides in every layer; this Qwen3 in its second one only; Qwen2 has biases."""
     if architecture == "mistral":
         config = transformers.MistralConfig(**SMALL, sliding_window=WINDOW)
         kind = transformers.MistralForCausalLM
+    elif architecture == "qwen2":
+        sizes = {**SMALL, "num_key_value_heads": 4}  # no heads share KV
+        config = transformers.Qwen2Config(**sizes, rope_parameters=YARN)
+        kind = transformers.Qwen2ForCausalLM
     else:
         config = transformers.Qwen3Config(
             **SMALL, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
         )
         kind = transformers.Qwen3ForCausalLM
     torch.manual_seed(1)
-    kind(config).save_pretrained(folder)
+    model = kind(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
     write_tokenizer(folder, 1024)
     return folder
 
@@ -70,13 +84,16 @@ def make_windowed(folder: Path, architecture: str) -> Path:
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen3": partial(make_tiny, architecture="qwen3"),
     "llama": partial(make_tiny, architecture="llama"),
-    "mistral-window": partial(make_windowed, architecture="mistral"),
-    "qwen3-mixed": partial(make_windowed, architecture="qwen3"),
+    "mistral-window": partial(make_other, architecture="mistral"),
+    "qwen3-mixed": partial(make_other, architecture="qwen3"),
+    "qwen2-yarn": partial(make_other, architecture="qwen2"),
 }
-
+PLAIN = "-transformers"  # the same, computed by transformers' modules
+LABS = (*MAKERS, *(name + PLAIN for name in ("qwen3", "qwen3-mixed", "qwen2-yarn")))
 
 ONE = pytest.mark.parametrize("lab", ["qwen3"], indirect=True)  # what no shape changes
 TWO = pytest.mark.parametrize("lab", ["qwen3", "llama"], indirect=True)
+BOTH = pytest.mark.parametrize("lab", ["qwen3", "qwen3" + PLAIN], indirect=True)
 
 
 @dataclass
@@ -109,11 +126,14 @@ class Lab:
         return TorchRunner(self.folder, blocks_count=BLOCKS, block_size=SIZE, **values)
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=LABS)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = MAKERS[request.param](tmp_path_factory.mktemp(request.param))
-    runner = TorchRunner(folder, blocks_count=BLOCKS, block_size=SIZE)
-    return Lab(request.param, folder, reference_of(folder), runner)
+    name = request.param.removesuffix(PLAIN)
+    folder = MAKERS[name](tmp_path_factory.mktemp(name))
+    fused = name == request.param
+    runner = TorchRunner(folder, blocks_count=BLOCKS, block_size=SIZE, fused=fused)
+    assert isinstance(runner.decoder, FusedDecoder if fused else TransformersDecoder)
+    return Lab(name, folder, reference_of(folder), runner)
 
 
 def reference_of(folder: Path) -> Any:
@@ -243,6 +263,27 @@ def test_hits_named_by_the_first_row(lab: Lab, golden: dict[int, list[int]]) -> 
     assert finish(drive, [again]) == [golden[33]]
 
 
+def test_a_long_prefix_in_common(lab: Lab) -> None:
+    """Five rows on the same seventeen blocks, one on blocks of its own: read together and alone."""
+    drive, prefix = lab.driver(), prompt_of(17 * SIZE, seed=9)
+    first = Job("first", prefix + prompt_of(20), N, list(range(20)))
+    jobs = [Job(f"j{i}", prefix + prompt_of(5 + 7 * i, seed=i), N, []) for i in range(4)]
+    expected = [lab.expected(job.prompt) for job in [first, *jobs]]
+    drive.open(first)
+    drive.step([first])
+    for i, job in enumerate(jobs):
+        job.computed, job.held, job.free = 17 * SIZE, 17, list(range(20 + 3 * i, 23 + 3 * i))
+        drive.runner.adopt(job.name, 1, list(range(17)))
+        drive.step([drive.open(job)], chunk=64)
+    alone = Job("alone", first.prompt, N, list(range(40, 60)))
+    drive.step([drive.open(alone)])
+    before = lab.runner.rows_shared
+    assert drive.run([first, *jobs, alone]) == [*expected, expected[0]]
+    windows = {layer.window for layer in lab.runner.spec.layers}
+    assert lab.runner.rows_shared - before == (5 * (N - 1) if None in windows else 0)
+    close(drive.runner, [first, *jobs, alone])
+
+
 @pytest.mark.parametrize("first_token", ["prefill", "decode"])
 @pytest.mark.parametrize("length", [1, 16, 17, 33])
 def test_handed_over(lab: Lab, golden: dict[int, list[int]], length: int, first_token: str) -> None:
@@ -346,8 +387,9 @@ def test_eos_ends_where_generate_ends(
 def test_spec_and_planes(lab: Lab) -> None:
     spec, planes = lab.runner.spec, lab.runner.planes()
     assert (spec.vocab, spec.block_size, spec.blocks_count) == (VOCAB, SIZE, BLOCKS)
-    assert spec.kv_token_bytes == 2 * 2 * 2 * 16 * 4  # layers, planes, heads, dim, bytes
-    shape = (BLOCKS, SIZE * 2 * 16 * 4)
+    kv_heads = 4 if lab.name == "qwen2-yarn" else 2
+    assert spec.kv_token_bytes == 2 * 2 * kv_heads * 16 * 4  # layers, planes, heads, dim, bytes
+    shape = (BLOCKS, SIZE * kv_heads * 16 * 4)
     assert [[plane.shape for plane in layer] for layer in planes] == [[shape] * 2] * 2
     windows = {"mistral-window": [WINDOW, WINDOW], "qwen3-mixed": [None, WINDOW]}
     assert [one.window for one in spec.layers] == windows.get(lab.name, [None, None])
@@ -408,16 +450,16 @@ def test_sampled_text_is_the_same_in_any_company(lab: Lab) -> None:
     assert len(set(alone)) > 5
 
 
-@ONE
+@BOTH
 def test_only_rows_that_sample_reach_the_head(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    head = lab.runner._head
+    logits = lab.runner.decoder.logits
 
     def counted(hidden: Any) -> Any:
         rows.append(len(hidden))
-        return head(hidden)
+        return logits(hidden)
 
-    monkeypatch.setattr(lab.runner, "_head", counted)
+    monkeypatch.setattr(lab.runner.decoder, "logits", counted)
     drive = lab.driver()
     jobs = [job_of(33), job_of(1, first=10), job_of(16, first=20)]
     for job in jobs:

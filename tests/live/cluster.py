@@ -43,6 +43,7 @@ from kvasir.core.specs import (
     RouteSpec,
     TransportSpec,
 )
+from kvasir.core.specs.tiers import TiersSpec
 from kvasir.cost.pools import capacity_of
 from kvasir.engine.base import Runner, Sampled, StepHooks, StepResult
 from kvasir.engine.fake import BITS, SALTS, C, FakeRunner, M
@@ -55,7 +56,7 @@ from kvasir.node.work import Work
 from kvasir.node.worker import Worker
 from kvasir.observe.metrics import Metrics
 from kvasir.runtime.plan import address
-from kvasir.runtime.runners import make_runner
+from kvasir.runtime.runners import make_runner, shelves_of
 from kvasir.world.live.host import Bus
 from kvasir.world.live.wire import Wire
 from kvasir.world.live.worker import LiveWorker
@@ -83,7 +84,7 @@ def deployment_of(
     first_token: str = "prefill", chunk: int = 512, engine: str = "torch", kv_blocks: int = 256,
     prefill_blocks: int | None = None, batch_max: int = 64, bytes_per_s_max: float | None = None,
     steps_max: int = 256, route: dict[str, Any] | None = None,
-    limits: dict[str, Any] | None = None,
+    limits: dict[str, Any] | None = None, tiers: dict[str, Any] | None = None,
 ) -> Deployment:  # fmt: skip
     """`mixed` > 0 leaves no other workers unless they are asked for. Beats are quick, waits long: a
     busy machine is late, not broken."""
@@ -92,6 +93,7 @@ def deployment_of(
         PoolSpec(
             name=role, role=role, count=count, hardware="cpu", batch_max=batch_max,
             kv_blocks=(prefill_blocks or kv_blocks) if role == "prefill" else kv_blocks,
+            tiers=TiersSpec(**tiers) if tiers is not None else None,
         )
         for role, count in counts.items() if count
     ]  # fmt: skip
@@ -180,8 +182,11 @@ def runner_of(deployment: Deployment, pool: PoolSpec) -> Runner:
     """As in a worker process; a fake one takes no time."""
     if deployment.engine == "torch":
         return make_runner(deployment, pool)
-    capacity = capacity_of(deployment, pool)
-    return FakeRunner(blocks_count=capacity.kv_blocks, block_size=SIZE)
+    capacity, model = capacity_of(deployment, pool), deployment.model_of(pool)
+    return FakeRunner(
+        blocks_count=capacity.kv_blocks, block_size=SIZE, folder=Path(model.path or ""),
+        adapters_max=model.adapters_max,
+    )  # fmt: skip
 
 
 # --- the cluster ----------------------------------------------------------------------------------
@@ -235,6 +240,7 @@ class Threads:
         live = LiveWorker(
             Worker(config), runner, bus, d.transport, self._run_dir, journal=None,
             on_failure=self._fail, observer=CONDUCTOR,
+            shelves=shelves_of(d, config, runner.spec),
         )  # fmt: skip
         bus.wire = Wire(
             address(self._run_dir, worker), bus.deliver,
@@ -344,10 +350,12 @@ class Cluster:
         self.conductor.check()
         self.platform.requests.check()
         for worker in self.workers:  # what the conductor believes to be cached is
-            pool = self.node(worker).pool
-            await self.until(
-                lambda w=worker, p=pool: self.conductor.index.blocks_of(w) == p.cached_keys  # type: ignore[misc]
-            )
+            pools = {"device": self.node(worker).pool, **self.node(worker).blocks.below}
+            for tier, pool in pools.items():
+                await self.until(
+                    lambda w=worker, t=tier, p=pool: self.conductor.index.blocks_of(w, t)  # type: ignore[misc]
+                    == p.cached_keys
+                )
 
     def counts(self) -> dict[str, int]:
         """Everything that is held and is not zero."""
@@ -366,10 +374,12 @@ class Cluster:
             node = self.node(worker)
             held = {
                 "works": len(node.works), "quarantine": len(node.quarantine),
-                "blocks": node.pool.held, "step": int(node.step is not None),
+                "blocks": node.pool.held, "step": int(node.steps.step is not None),
                 "prompts": len(live._prompts), "openings": len(live._openings),
                 "sampled": len(live._sampled), "streams": len(live.engine._waiting),
                 "sending": len(live._sending), "expected": len(live.receiver._expected),
+                "loads": len(node.tiers.reading) + (not live.tiers.idle),
+                "copies": sum(len(s.writing) for s in node.tiers.states.values()),
                 "open": len(live.sender._open_now),
             }  # fmt: skip
             found |= {f"{worker}.{name}": count for name, count in held.items()}

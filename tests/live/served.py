@@ -273,8 +273,13 @@ class Answer(NamedTuple):
 class Stream:
     """One streaming completion in a thread of its own; `tokens` grows while it runs."""
 
-    def __init__(self, server: Server, prompt: Sequence[int], max_tokens: int) -> None:
+    def __init__(
+        self, server: Server, prompt: Sequence[int], max_tokens: int, model: str = "tiny",
+        adapter: str = "",
+    ) -> None:  # fmt: skip
+        """`adapter`: the digest of what `model` stands for."""
         self.prompt, self.max_tokens = list(prompt), max_tokens
+        self.model, self.adapter = model, adapter
         self.tokens: list[int] = []
         self._url = f"{server.url}/v1/completions"
         self._future: Future[Answer] = Future()
@@ -287,7 +292,7 @@ class Stream:
             self._future.set_exception(error)
 
     def _run(self) -> Answer:
-        body = asked(self.prompt, self.max_tokens)
+        body = asked(self.prompt, self.max_tokens) | {"model": self.model}
         finish, timing = "", {}
         with httpx.stream(
             "POST", self._url, json=body, timeout=WAIT_S, trust_env=False
@@ -320,7 +325,7 @@ class Stream:
     def check(self) -> Answer:
         """The answer, which must be the very tokens that the fake engine foretells."""
         answer = self.answer()
-        expected = expected_tokens(self.prompt, self.max_tokens)
+        expected = expected_tokens(self.prompt, self.max_tokens, self.adapter)
         assert list(answer.tokens) == expected, first_difference(answer.tokens, expected)
         assert answer.finish == "length"
         return answer
@@ -333,8 +338,8 @@ def asked(prompt: Sequence[int], max_tokens: int) -> Config:
     }  # fmt: skip
 
 
-def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
-    return fake_tokens(prompt, count, vocab=VOCAB, eos_token_ids=EOS)
+def expected_tokens(prompt: Sequence[int], count: int, adapter: str = "") -> list[int]:
+    return fake_tokens(prompt, count, vocab=VOCAB, eos_token_ids=EOS, adapter=adapter)
 
 
 def first_difference(got: Sequence[int], expected: Sequence[int]) -> str:

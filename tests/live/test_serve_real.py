@@ -56,7 +56,7 @@ def streamed(server: Server) -> str:
     url = f"{server.url}/v1"
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
         raw = client.chat.completions.with_raw_response.create(
-            model="tiny", messages=USER, max_tokens=TOKENS, stream=True, temperature=0,
+            model="demo", messages=USER, max_tokens=TOKENS, stream=True, temperature=0,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         assert raw.headers["x-kvasir-path"] == "disaggregated"

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvasir.core.ids import BlockKey
 from kvasir.core.keys import trace_key
-from kvasir.core.messages import Tier
+from kvasir.core.message import Tier
 from kvasir.kv.guess import Guess
 from kvasir.kv.prefix import TIERS, PrefixIndex, TierHits
 from kvasir.kv.runs import RUN_MAX, Runs

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvasir.cli.files import load_deployment
+from kvasir.core.specs import ModelSpec
 from kvasir.core.specs.faults import FaultSpec
+from kvasir.core.specs.speculate import SpeculateSpec
 from kvasir.runtime.verify import verify_dir
 from kvasir.traces.record import Trace
 from kvasir.traces.workload import workload
@@ -47,7 +49,14 @@ def mooncake_trace(limit: int) -> Trace:
     return workload(d.workload.model_copy(update={"limit": limit}), d.block_size, 0)
 
 
-RUNS: list[Callable[[int], Result]] = [small, faulty, mooncake]
+def guessing(seed: int = 0) -> Result:
+    """Rows that guess beside rows that do not, with deaths and too little memory."""
+    d = cluster(count=3, pool={"kv_blocks": 60}, first_token="decode")
+    models = (ModelSpec(name="m", shape="tiny", speculate=SpeculateSpec(rows_max=6)),)
+    return simulate(d.model_copy(update={"models": models, "faults": FAULTS}), trace(60), seed=seed)
+
+
+RUNS: list[Callable[[int], Result]] = [small, faulty, mooncake, guessing]
 by_name = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 
 
@@ -88,6 +97,8 @@ def test_what_happened_is_worth_comparing() -> None:
     assert counts["small"]["Shipped"] and counts["small"]["Preempted"]
     assert counts["faulty"]["WorkerLeft"] and counts["faulty"]["Retried"]
     assert small(0).summary.completed == 80
+    guessed = guessing(0).counts
+    assert guessed["WorkerLeft"] and guessed["Speculated.drafted"] > guessed["Speculated.accepted"]
 
 
 @pytest.mark.parametrize("choice", ["arrival", "prefill_end"])

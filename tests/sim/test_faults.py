@@ -22,6 +22,7 @@ from kvasir.core.specs import (
 )
 from kvasir.core.specs.deployment import BatchSpec, FittedCost
 from kvasir.core.specs.faults import CrossTraffic, FaultSpec, LinkFault
+from kvasir.core.specs.speculate import SpeculateSpec
 from kvasir.policy.admit import ADMITS
 from kvasir.policy.batch import BATCHES
 from kvasir.policy.route import ROUTES
@@ -69,6 +70,19 @@ def deployment(rng: random.Random) -> Deployment:
     )  # fmt: skip
 
 
+def guessing(d: Deployment, seed: int) -> Deployment:
+    """Every other seed guesses tokens ahead."""
+    if seed % 2:
+        return d
+    rng = random.Random(f"guesses {seed}")
+    guess = SpeculateSpec(
+        tokens=rng.choice([1, 4, 16]), rows_max=rng.choice([1, 3, 64]),
+        acceptance=rng.choice([0.1, 0.5, 0.9, 1.0]),
+    )  # fmt: skip
+    models = (d.models[0].model_copy(update={"speculate": guess}),)
+    return d.model_copy(update={"models": models})
+
+
 def arrivals(rng: random.Random, count: int) -> list[Arrival]:
     at, found = 0.0, []
     for _ in range(count):
@@ -90,7 +104,7 @@ def run_seed(seed: int) -> dict[str, int]:
         deaths=rng.randint(0, 4), down_s=rng.choice([0.3, 2.0]), cancel=rng.choice([0.0, 0.2]),
         cancel_s_max=1.0, until_s=4.0,
     )  # fmt: skip
-    d, trace = deployment(rng), arrivals(rng, 40)
+    d, trace = guessing(deployment(rng), seed), arrivals(rng, 40)
     world = SimWorld(d, trace, faults=Faults(spec, seed), after_event=SimWorld.check_touched)
     world.run(until=300.0)
     assert not world.requests.lives, f"{len(world.requests.lives)} requests never ended"
@@ -120,7 +134,7 @@ def check_nothing_left(world: SimWorld) -> None:
     for worker in world.workers():
         assert not worker.works and not worker.quarantine, worker.config.worker
         assert worker.pool.held == 0
-        assert not worker.running and not worker.waiting and not worker.room
+        assert not worker.steps.running and not worker.steps.waiting and not worker.room
     assert len(world.transfers) == 0
     assert len(conductor.members) == len(world.deployment.worker_ids())
 
@@ -160,7 +174,8 @@ def test_faults_happen() -> None:
     for seed in range(20):
         for name, count in run_seed(seed).items():
             total[name] = total.get(name, 0) + count
-    for name in ("WorkerLeft", "Retried", "Preempted", "Recomputed", "Shipped", "TransferFailed"):
+    met = ("WorkerLeft", "Retried", "Preempted", "Recomputed", "Shipped", "TransferFailed")
+    for name in (*met, "Speculated.accepted"):
         assert total.get(name, 0) > 0, (name, total)
 
 

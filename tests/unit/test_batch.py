@@ -19,6 +19,7 @@ class FakeWork:
     output_left: int = 10
     fresh: bool = False
     keys: Sequence[int] = ()
+    draft: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from kvasir.measure.results import canonical, read_summary, result
 from kvasir.measure.summary import RequestOutcome, summarise
 
 TINY = Path(__file__).parents[2] / "src" / "kvasir" / "models" / "tiny"
+DEMO = TINY.with_name("demo")
 HELP_CPU_S_MAX = 0.8  # goal 0.4 s on an idle machine; twice that, as a busy one is slower
 HEAVY = ("pydantic", "numpy", "starlette", "torch", "uvicorn", "zmq", "tokenizers", "asyncio")
 
@@ -211,10 +212,10 @@ def test_mooncake_64_is_the_published_cluster() -> None:
 
 def test_local_has_the_shape_and_folder_of_the_model_in_the_package() -> None:
     local = load_deployment("local")
-    config = json.loads((TINY / "config.json").read_text())
+    config = json.loads((DEMO / "config.json").read_text())
     assert local.models[0].shape == ModelShape.from_hf(config)
-    assert local.models[0].path == "tiny"
-    assert with_folders(local).models[0].path == str(TINY)
+    assert local.models[0].path == "demo"
+    assert with_folders(local).models[0].path == str(DEMO)
 
 
 # --- serve -------------------------------------------------------------------------------------

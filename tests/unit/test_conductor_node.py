@@ -352,6 +352,19 @@ def test_a_refusal_of_one_that_is_no_longer_needed_loses_nothing() -> None:
     assert not c(Refused("d", "r", 1, "late")).told(Lost)
 
 
+@pytest.mark.parametrize("by", ["p", "d"])
+def test_a_refusal_with_a_status_is_for_the_client(by: str) -> None:
+    """No other attempt would go better, so there is none."""
+    c = conductor()
+    submit(c)
+    effects = c(Refused(by, "r", 1, "the adapter is gone", 503))
+    declined = effects.told(Declined)
+    assert declined.to == [GATEWAY]
+    assert (declined.one().status, declined.one().reason) == (503, f"{by}: the adapter is gone")
+    assert not effects.told(Lost) and not c.node.placements
+    assert set(effects.told(Abort).to) == {"p", "d"}
+
+
 def test_a_draining_worker_gets_nothing_more() -> None:
     c = conductor("p", "d", "d2")
     assert submit(c).told(Dispatch).to == ["p", "d"]

@@ -1,6 +1,8 @@
 """The wire format of a transfer and the copying under it: what is refused, what comes back."""
 
 import itertools
+import mmap
+import random
 import socket
 import struct
 
@@ -10,14 +12,17 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvasir.core.errors import ConfigError, WireError
+from kvasir.core.errors import ConfigError, TransferError, WireError
 from kvasir.core.messages import PrefillReport
 from kvasir.transfer import Shard, Trailer
+from kvasir.transfer.arena import Arena, map_sealed
 from kvasir.transfer.base import Key
 from kvasir.transfer.frames import (
     FRAME_BYTES_LIMIT,
+    GRANT_BYTES_MAX,
     HEADER_BYTES,
-    NO_SLOT,
+    HELLO_BYTES_MAX,
+    IDS_BYTES_MAX,
     REASON_BYTES_MAX,
     TRAILER_BYTES_MAX,
     FrameKind,
@@ -31,12 +36,12 @@ from kvasir.transfer.frames import (
     reason_payload,
     unpack,
 )
-from kvasir.transfer.memory import Memory, Run, runs, whole_run
+from kvasir.transfer.memory import Limits, Memory, Run, runs, whole_run
 from kvasir.transfer.pace import Pace
 from kvasir.transfer.stream import FrameReader
 
 DATA = Header(
-    FrameKind.DATA, "req-7", 3, 9, 31, 1, Shard(2, 8, 16), NO_SLOT, 40, 5, 5 * 4096, 2**64 - 3
+    FrameKind.DATA, "req-7", 3, 9, 31, 1, Shard(2, 8, 16), 40, 5, 5 * 4096, 2**64 - 3
 )
 
 u16 = st.integers(0, 2**16 - 1)
@@ -47,10 +52,9 @@ headers = st.builds(
     request_id=st.text(max_size=32),
     attempt=u32,
     serial=st.integers(0, 2**64 - 1),
-    layer=u16,
     plane=u16,
+    planes=u16,
     shard=st.builds(Shard, u16, u16, u16),
-    slot=u16,
     first_block=u32,
     blocks=u32,
     payload_bytes=st.integers(0, FRAME_BYTES_LIMIT),
@@ -83,11 +87,11 @@ def resealed(packed: bytes, at: int, value: bytes) -> bytes:
     ("at", "value", "said"),
     [
         (0, b"HTTP", "not a frame"),
-        (4, b"\x02", "version 2"),
+        (4, b"\x01", "version 1"),
         (5, b"\x63", "unknown frame kind 99"),
         (6, b"\xff\xff", "65535 bytes"),
-        (40, struct.pack("<I", FRAME_BYTES_LIMIT + 1), "DATA frame of"),
-        (52, b"\xff\xfe", "not UTF-8"),
+        (38, struct.pack("<I", FRAME_BYTES_LIMIT + 1), "DATA frame of"),
+        (50, b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_a_hostile_header_is_refused(at: int, value: bytes, said: str) -> None:
@@ -101,11 +105,10 @@ def test_a_short_header_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [k for k in FrameKind if k is not FrameKind.DATA])
-def test_only_data_may_be_big_or_in_a_slot(kind: FrameKind) -> None:
+def test_only_data_may_be_big(kind: FrameKind) -> None:
+    most = max(TRAILER_BYTES_MAX, HELLO_BYTES_MAX, IDS_BYTES_MAX, GRANT_BYTES_MAX)
     with pytest.raises(WireError, match="frame of"):
-        unpack(pack(Header(kind, payload_bytes=TRAILER_BYTES_MAX + 1)))
-    with pytest.raises(WireError, match="slot"):
-        unpack(pack(Header(kind, slot=1)))
+        unpack(pack(Header(kind, payload_bytes=most + 1)))
 
 
 def test_what_does_not_fit_cannot_be_packed() -> None:
@@ -115,11 +118,6 @@ def test_what_does_not_fit_cannot_be_packed() -> None:
         pack(Header(FrameKind.BEGIN, attempt=-1))
     with pytest.raises(WireError, match="TRAILER of"):
         message(FrameKind.TRAILER, Key("a", 1), 1, bytes(TRAILER_BYTES_MAX + 1))
-
-
-def test_a_slot_takes_the_payload_off_the_stream() -> None:
-    assert Header(FrameKind.DATA, payload_bytes=10).inline_bytes == 10
-    assert Header(FrameKind.DATA, payload_bytes=10, slot=0).inline_bytes == 0
 
 
 def test_a_trailer_comes_back_equal_and_junk_is_refused() -> None:
@@ -182,7 +180,10 @@ def test_the_end_of_a_stream_is_an_error() -> None:
 # --- memory ----------------------------------------------------------------------------------
 
 
-def planes_of(blocks: int) -> list[list[np.ndarray]]:
+Planes = list[list[np.ndarray]]
+
+
+def planes_of(blocks: int) -> Planes:
     rng = np.random.default_rng(5)
     return [
         [rng.integers(0, 255, (blocks, size), dtype=np.uint8) for size in sizes]
@@ -190,21 +191,67 @@ def planes_of(blocks: int) -> list[list[np.ndarray]]:
     ]
 
 
-@given(st.lists(st.integers(0, 19), unique=True, min_size=1), st.integers(1, 200))
-def test_pieces_cover_each_block_once_and_copy_it(ids: list[int], frame_bytes: int) -> None:
+limits = st.builds(Limits, *[st.integers(1, 3000)] * 3)
+some_ids = st.lists(st.integers(0, 19), unique=True, min_size=1)
+
+
+@given(some_ids, limits)
+def test_pieces_cover_each_block_once_and_copy_it(ids: list[int], limits: Limits) -> None:
     source, target = planes_of(20), [[np.zeros_like(p) for p in layer] for layer in planes_of(20)]
     memory, other = Memory(source), Memory(target)
-    for piece in memory.pieces(3, memory.ids(ids), range(2), frame_bytes):
-        size = len(piece.ids) * memory.block_bytes(piece.layer, piece.plane)
-        assert size <= max(frame_bytes, memory.block_bytes(piece.layer, piece.plane))
+    for piece in memory.pieces(3, memory.ids(ids), range(2), limits):
+        size = memory.size(piece.plane, piece.planes, len(piece.ids))
+        assert size <= max(limits.frame, limits.first, memory.block_bytes(piece.plane))
+        assert piece.planes == 1 or size <= limits.group
         assert list(piece.ids) == ids[piece.first_block - 3 :][: len(piece.ids)]
         data = np.empty(size, np.uint8)
         memory.gather(piece, data)
+        assert memory.checksum(piece) == checksum(data.data) == checksum_of(memory.spans(piece))
         other.scatter(piece, data)
+    assert_copied(source, target, ids, ids)
+
+
+@given(some_ids, limits, st.randoms(use_true_random=False))
+def test_a_copy_from_other_memory_is_what_its_checksum_says(
+    ids: list[int], limits: Limits, dice: random.Random
+) -> None:
+    source, target = planes_of(20), [[np.zeros_like(p) for p in layer] for layer in planes_of(20)]
+    memory, other = Memory(source), Memory(target)
+    there = dice.sample(range(20), len(ids)) if dice.random() < 0.5 else ids
+    for piece in memory.pieces(0, memory.ids(ids), range(2), limits):
+        at = there[piece.first_block : piece.first_block + len(piece.ids)]
+        landed = piece._replace(ids=other.ids(at))
+        assert other.copy_from(memory, piece.ids, landed) == memory.checksum(piece)
+        assert other.checksum(landed) == memory.checksum(piece)
+    assert_copied(source, target, ids, there)
+
+
+def assert_copied(source: Planes, target: Planes, ids: list[int], there: list[int]) -> None:
     for layer, copied in zip(source, target, strict=True):
         for plane, copy in zip(layer, copied, strict=True):
-            assert (plane[ids] == copy[ids]).all()
-            assert not np.delete(copy, ids, axis=0).any()
+            assert (plane[ids] == copy[there]).all()
+            assert not np.delete(copy, there, axis=0).any()
+
+
+def test_an_arena_hands_out_zeroed_memory_and_says_where_it_stands() -> None:
+    arena = Arena(3 * mmap.PAGESIZE)
+    first, second = arena.take(10), arena.take(mmap.PAGESIZE)
+    assert not first.any() and not second.any()
+    assert (arena.offset_of(first), arena.offset_of(second[5:])) == (0, mmap.PAGESIZE + 5)
+    assert arena.offset_of(np.zeros(4, np.uint8)) is None
+    second[:] = 7
+    seen = map_sealed(arena.fd, arena.size)
+    assert not seen[:10].any() and (seen[mmap.PAGESIZE :][: mmap.PAGESIZE] == 7).all()
+    assert not seen.flags.writeable
+    with pytest.raises(TransferError, match="that are left"):
+        arena.take(mmap.PAGESIZE + 1)
+    arena.close()
+
+
+def test_planes_have_names() -> None:
+    memory = Memory(planes_of(2))
+    places = [memory.place_of(plane) for plane in range(3)]
+    assert places == ["layer 0 plane 0", "layer 0 plane 1", "layer 1 plane 0"]
 
 
 @given(st.lists(st.integers(0, 50)))
@@ -240,7 +287,7 @@ def test_frames_leave_at_the_cap_whatever_their_size() -> None:
         now = pace.wait_until_s(now) or now
         pace.spend(now, count)
     assert now == pytest.approx(43 * 50 / 1000, abs=0.02)
-    assert pace.frame_bytes(1 << 20) == 10
+    assert pace.slice_bytes() == 10
 
 
 def test_time_not_used_is_not_saved_up() -> None:
@@ -255,4 +302,4 @@ def test_no_cap_no_wait() -> None:
     pace = Pace(None)
     pace.spend(0.0, 10**12)
     assert pace.wait_until_s(0.0) is None
-    assert pace.frame_bytes(1 << 20) == 1 << 20
+    assert pace.slice_bytes() > 1 << 40

@@ -138,7 +138,7 @@ def test_unknown_fields_and_neutral_values_are_ignored() -> None:
         ({"prompt": "a", "best_of": 3}, "best_of", "not supported"),
         ({"messages": USER, "best_of": 3}, "best_of", "not supported"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "not supported"),
-        ({"prompt": "a", "use_beam_search": True}, "use_beam_search", "not supported"),
+        ({"prompt": "a", "use_beam_search": True, "stop": "b"}, "use_beam_search", "excludes"),
         ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
         ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "[-2, 2]"),
         ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "[-2, 2]"),

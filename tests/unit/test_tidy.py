@@ -57,7 +57,6 @@ IMPORT_CALLS = {"import_module", "importlib.import_module", "__import__"}
 
 # "node/worker.py" or "node/worker.py::Worker.step" -> why it is better long than split.
 LONG_FOR_A_REASON: dict[str, str] = {
-    "node/worker.py": "one state machine that reads top to bottom; its parts share every field",
     "node/conductor.py": "one state machine that reads top to bottom; its parts share every field",
 }
 

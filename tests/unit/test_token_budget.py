@@ -22,10 +22,15 @@ class S:
     blocks_held: int = 0
     output_left: int = 100
     cached: int = 0  # waiting: what it would start with
+    draft: int = 0
 
 
 def decoding(computed: int, left: int = 100) -> S:
     return S(computed, computed + 1, -(-computed // BLOCK), left)
+
+
+def guessing(computed: int, draft: int, left: int = 100) -> S:
+    return replace(decoding(computed, left), draft=draft)
 
 
 def prefilling(computed: int, known: int) -> S:
@@ -76,6 +81,25 @@ BATCH: dict[str, tuple[dict[str, Any], Batch]] = {
     "one place is left": (
         {"running": [A], "waiting": [waiting(1), waiting(1)], "batch_max": 2},
         Batch((1,), (1,), (), 1)),
+    "guesses take what the budget leaves": (
+        {"running": [guessing(8, 20), guessing(8, 20)], "batch_tokens_max": 24},
+        Batch((1, 1), (), (), 64, drafts=(20, 2))),
+    "a prompt's chunk goes before guesses": (
+        {"running": [guessing(8, 20), prefilling(16, 50)], "batch_tokens_max": 20},
+        Batch((1, 16), (), (), 1, drafts=(3, 0))),
+    "no blocks for guesses": (
+        {"running": [guessing(8, 4)], "blocks_available": 1}, Batch((1,), (), (), 4)),
+    "guesses preempt nobody": (
+        {"running": [guessing(8, 4), B], "blocks_available": 2}, Batch((1, 1), (), (), 4)),
+    "blocks for all guesses of all iterations": (
+        {"running": [guessing(8, 3)], "blocks_available": 9},
+        Batch((1,), (), (), 8, drafts=(3,))),
+    "blocks that it holds are not counted twice": (
+        {"running": [S(8, 9, 9, draft=3), guessing(8, 3)], "blocks_available": 1},
+        Batch((1, 1), (), (), 1, drafts=(3, 3))),
+    "no blocks beyond the last token": (
+        {"running": [guessing(8, 3, left=10)], "blocks_available": 3},
+        Batch((1,), (), (), 10, drafts=(3,))),
     "more running than places: the oldest go until one ends": (
         {"running": [A, B, A], "batch_max": 2}, Batch((1, 1, 0), (), (), 64)),
     "no room: nobody overtakes": (

@@ -363,6 +363,21 @@ def test_a_full_queue_refuses() -> None:
     assert refusal(w(dispatch(request("d")))) == "queue full"
 
 
+@pytest.mark.parametrize("phase", ["both", "prefill", "decode"])
+@pytest.mark.parametrize("early", [False, True])
+def test_what_cannot_be_loaded_is_refused_for_good(phase: Any, early: bool) -> None:
+    w = worker()
+    events: list[AnyMessage] = [dispatch(request(), phase), Prompt("r", 1, 10, fault="no folder")]
+    for event in reversed(events) if early else events:
+        w(event)
+    refused = w.heard.told(Refused).one()
+    assert (refused.status, refused.reason) == (503, "no folder")
+    assert not w.heard.of(Step) and not w.node.works
+    assert w.heard.of(Release)
+    w(dispatch(request(), phase, 2))  # another attempt is another matter
+    assert not w(prompt(10, attempt=2)).told(Refused)
+
+
 # --- nothing waits for ever -----------------------------------------------------------------------
 
 

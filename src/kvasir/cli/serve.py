@@ -23,7 +23,7 @@ def serve(
     mixed: int | None = None,
     engine: Literal["torch", "fake"] | None = None,
     policy: str | None = None,
-    transport: Literal["shm", "tcp"] | None = None,
+    transport: Literal["auto", "shm", "nixl", "mooncake", "tcp"] | None = None,
     first_token: Literal["prefill", "decode"] | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,

@@ -146,6 +146,8 @@ class Drawn:
         How many such prefixes there are.
     prefix_tokens
         How long each is.
+    adapters
+        How many LoRA adapters the requests (or sessions) are spread over; 0: none.
     turns
         Mean turns of a session; each prompt holds all turns before it.
     think_s
@@ -177,6 +179,7 @@ class Drawn:
     prefix_share: float = 0.0
     prefix_groups: AtLeastOne = 8
     prefix_tokens: int = 1024
+    adapters: Annotated[int, Parameter(validator=Number(gte=0))] = 0
     turns: Annotated[float, Parameter(validator=Number(gte=1))] = 1.0
     think_s: Above = 10.0
     context_max: AtLeastOne = 131072
@@ -198,8 +201,8 @@ class Drawn:
                 min=self.output_min, max=self.output_max,
             ),
             prefix_share=self.prefix_share, prefix_groups=self.prefix_groups,
-            prefix_tokens=self.prefix_tokens, turns=self.turns, think_s=self.think_s,
-            context_max=self.context_max,
+            prefix_tokens=self.prefix_tokens, adapters=self.adapters, turns=self.turns,
+            think_s=self.think_s, context_max=self.context_max,
         )  # fmt: skip
 
 

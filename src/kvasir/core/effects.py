@@ -14,6 +14,7 @@ import msgspec
 from kvasir.core.errors import UnsupportedEffect
 from kvasir.core.events import AnyEvent
 from kvasir.core.ids import BlockId, BlockKey, NodeId, RequestId, StepId, WorkerId
+from kvasir.core.message import Tier
 from kvasir.core.messages import AnyMessage, EndReason, PrefillReport
 from kvasir.core.request import Sampling
 
@@ -37,6 +38,11 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     last position is drawn: output token `index` of the request. `end_at`: the output index at which
     the row is over by length. With `stays`, the row goes on in every later step without being
     named, one token an iteration, until it ends, is released, or a step names or drops it.
+
+    With `draft`, the runner guesses up to so many tokens in each iteration, computes them together
+    with the last known one, and keeps those that it would have drawn anyway, and one more: 1 to
+    draft + 1 tokens. KV of guesses that were wrong stays behind, and is written over. Such a row
+    has `count` 1, samples, and does not stay.
     """
 
     request_id: RequestId
@@ -51,6 +57,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     gateway: NodeId = ""
     sampling: Sampling | None = None
     stays: bool = False
+    draft: int = 0
 
 
 class Step(Effect, frozen=True):
@@ -109,6 +116,39 @@ class Fetch(Effect, frozen=True):
     bytes: int
     deadline: float
     table: tuple[BlockId, ...] = ()
+
+
+class Store(Effect, frozen=True):
+    """Copy full blocks, by name, into slots of a tier. Answered by one `Stored`: until then nobody
+    writes to the blocks, and nobody but this effect touches the slots."""
+
+    id: int
+    tier: Tier
+    keys: tuple[BlockKey, ...]
+    blocks: tuple[BlockId, ...]
+    slots: tuple[int, ...]
+
+
+class Shelf(msgspec.Struct, frozen=True, gc=False):
+    """Slots of one tier, in the order of the blocks that they hold."""
+
+    tier: Tier
+    slots: tuple[int, ...]
+
+
+class Restore(Effect, frozen=True):
+    """Copy what `shelves` hold, one after another, into `blocks`, if it is what `keys` name.
+
+    Answered by one `Restored`: how many leading blocks came before `deadline`, or before one that
+    was missing or damaged. No byte is written after it.
+    """
+
+    request_id: RequestId
+    attempt: int
+    keys: tuple[BlockKey, ...]
+    blocks: tuple[BlockId, ...]
+    shelves: tuple[Shelf, ...]
+    deadline: float
 
 
 class Release(Effect, frozen=True):
@@ -173,8 +213,8 @@ class Note(Effect, frozen=True):
 
 
 AnyEffect = (
-    Tell | Step | Cut | Send | Fetch | Release | Replicate | SetRole | LoadAdapter | SetPower
-    | Timer | Reply | Refuse | Note
+    Tell | Step | Cut | Send | Fetch | Store | Restore | Release | Replicate | SetRole | LoadAdapter
+    | SetPower | Timer | Reply | Refuse | Note
 )  # fmt: skip
 
 

@@ -89,6 +89,17 @@ class TransferFailed(Event, frozen=True):
     reason: str
 
 
+class TransportFellBack(Event, frozen=True):
+    """KV goes by `used`, as `wanted` failed between these two a short while ago."""
+
+    request_id: RequestId
+    source: WorkerId
+    target: WorkerId
+    wanted: str
+    used: str
+    reason: str
+
+
 class Preempted(Event, frozen=True):
     worker: WorkerId
     request_id: RequestId
@@ -100,6 +111,58 @@ class Recomputed(Event, frozen=True):
 
     request_id: RequestId
     tokens: int
+    reason: str
+
+
+class Speculated(Event, frozen=True):
+    """At the end of an attempt that guessed: so many tokens, of which `accepted` were right."""
+
+    worker: WorkerId
+    request_id: RequestId
+    drafted: int
+    accepted: int
+
+
+class TierHit(Event, frozen=True):
+    """Cached tokens that came out of a tier of the worker's own. `preempted`: of a sequence that
+    had to give up its blocks; else of a prompt. `why`: what loading and computing were to take."""
+
+    worker: WorkerId
+    request_id: RequestId
+    tier: str
+    tokens: int
+    bytes: int
+    seconds: float
+    preempted: bool = False
+    why: str = ""
+
+
+class TierPassed(Event, frozen=True):
+    """Tokens that a tier held and that were computed instead. `why` is one of `sooner`, `late`,
+    `damaged` and `gone`; `detail` has figures."""
+
+    worker: WorkerId
+    request_id: RequestId
+    tokens: int
+    why: str
+    detail: str = ""
+
+
+class TierStored(Event, frozen=True):
+    """Blocks that were copied to a tier."""
+
+    worker: WorkerId
+    tier: str
+    blocks: int
+    bytes: int
+    seconds: float
+
+
+class TierOff(Event, frozen=True):
+    """An alarm: a tier of a worker failed. Its blocks are computed again where they are wanted."""
+
+    worker: WorkerId
+    tier: str
     reason: str
 
 
@@ -128,5 +191,6 @@ class Closed(Event, frozen=True):
 
 AnyEvent = (
     WorkerJoined | WorkerLeft | Queued | Routed | Rejected | Prefilled | PrefixUsed | Shipped
-    | TransferFailed | Preempted | Recomputed | Retried | Closed
+    | TransferFailed | TransportFellBack | Preempted | Recomputed | Speculated
+    | TierHit | TierPassed | TierStored | TierOff | Retried | Closed
 )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvasir.core.ids import BlockKey
 
@@ -55,3 +55,12 @@ def extend_keys(
 def trace_key(hash_id: int) -> BlockKey:
     """A trace's own block id as a key (an id stands for the block and all before it)."""
     return hash_id.to_bytes(KEY_BYTES, "big")
+
+
+def trace_keys(hash_ids: Iterable[int], adapter: str | None) -> tuple[BlockKey, ...]:
+    """Keys of a trace's block ids; other keys under each adapter."""
+    plain = map(trace_key, hash_ids)
+    if adapter is None:
+        return tuple(plain)
+    salt = salt_of("", adapter, "")
+    return tuple(block_key(key, (), salt) for key in plain)

@@ -22,7 +22,9 @@ from typing import Literal
 import msgspec
 
 from kvasir.core.ids import BlockKey, Epoch, Incarnation, NodeId, RequestId, StepId, WorkerId
-from kvasir.core.request import Request, Steering
+from kvasir.core.message import Message, Tier
+from kvasir.core.request import Adapter, Request, Steering
+from kvasir.core.tiers import Restored, Stored, TierGone, TierReady
 
 WIRE_VERSION = 1
 
@@ -31,11 +33,6 @@ Phase = Literal["prefill", "decode", "both"]
 HandOver = Literal["prefill_then_pull", "both_at_once", "through_store", "none"]
 TextEnd = Literal["", "stop", "length", "failed"]  # failed: no token continues its grammar
 EndReason = Literal["stop", "length", "cancelled", "deadline", "failed"]
-Tier = Literal["device", "host", "disk"]  # of a worker's KV, fastest first
-
-
-class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
-    """Base of all; the tag on the wire is the class name."""
 
 
 # --- shared parts ---------------------------------------------------------------------------------
@@ -211,12 +208,14 @@ class Accepted(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """Before or during service: this worker will not go on with the attempt, and holds nothing."""
+    """Before or during service: this worker will not go on with the attempt, and holds nothing.
+    With a `status` (HTTP's) no other attempt would go better: the request is declined."""
 
     worker: WorkerId
     request_id: RequestId
     attempt: int
     reason: str
+    status: int = 0
 
 
 class PrefillDone(Message, frozen=True):
@@ -303,14 +302,15 @@ class KvWant(Message, frozen=True):
     """The decode side has room: send blocks `first_block` to the end of the input. With `keys`:
     send these blocks, out of the cache, under a name of their own (`ids.prefix_id`).
 
-    `address` is where the target's receiver listens; like token ids it is for processes, not nodes.
+    `addresses`: where the target's receiver listens, one for each kind of transport that it can do;
+    like token ids they are for processes, not nodes.
     """
 
     request_id: RequestId
     attempt: int
     target: WorkerId
     first_block: int
-    address: str = ""
+    addresses: tuple[str, ...] = ()
     keys: tuple[BlockKey, ...] = ()
 
 
@@ -321,13 +321,19 @@ class KvGone(Message, frozen=True):
 
 
 class Prompt(Message, frozen=True):
-    """Prompt and emitted tokens for an attempt; `tokens`: `count` little-endian uint32."""
+    """Prompt and emitted tokens for an attempt; `tokens`: `count` little-endian uint32.
+
+    The worker's process loads `adapter` before its node sees the message; `fault` is why it could
+    not.
+    """
 
     request_id: RequestId
     attempt: int
     count: int
     tokens: bytes = b""
     steering: Steering | None = None
+    adapter: Adapter | None = None
+    fault: str = ""
 
 
 class Logprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -354,7 +360,8 @@ class Drawn(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Tokens(Message, frozen=True):
-    """What one iteration (or run of them) drew for one gateway, straight from the worker."""
+    """What one iteration (or run of them) drew for one gateway, straight from the worker: of each
+    attempt once."""
 
     drawn: tuple[Drawn, ...]
 
@@ -399,6 +406,7 @@ class RowDone(msgspec.Struct, frozen=True, gc=False):
     """One row of a step: `sampled` tokens were drawn; `end` says why the row is over, if it is.
 
     `keys` name blocks that became full with generated tokens (none in simulation of traces).
+    `drafted` tokens were guessed and computed, and `accepted` of them were right (`Row.draft`).
     """
 
     request_id: RequestId
@@ -406,6 +414,8 @@ class RowDone(msgspec.Struct, frozen=True, gc=False):
     sampled: int
     end: TextEnd = ""
     keys: tuple[BlockKey, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
 
 
 class StepDone(Message, frozen=True):
@@ -464,14 +474,16 @@ AnyMessage = (
     | Hello | Welcome | Dispatch | Accepted | Refused | PrefillDone | TransferReport | Finished
     | Load | KvEvents | KvResync | Abort | Drain
     | KvWant | KvGone | Prompt | Tokens | Done
-    | Start | Alarm | Arrive | Hangup | StepDone | Received | SendOver | WorkerGone | NetReading
+    | Start | Alarm | Arrive | Hangup | StepDone | Received | SendOver | TierReady | TierGone
+    | Stored | Restored | WorkerGone | NetReading
 )  # fmt: skip
 
 
 def bare(message: AnyMessage) -> AnyMessage:
-    """The message as a node may see it: without token ids (or wishes about them) and addresses."""
+    """The message as a node may see it: without token ids (or wishes about them), addresses, files.
+    """
     if isinstance(message, Prompt):
-        return msgspec.structs.replace(message, tokens=b"", steering=None)
+        return msgspec.structs.replace(message, tokens=b"", steering=None, adapter=None)
     if isinstance(message, Tokens):
         return Tokens(
             tuple(
@@ -479,5 +491,5 @@ def bare(message: AnyMessage) -> AnyMessage:
             )
         )
     if isinstance(message, KvWant):
-        return msgspec.structs.replace(message, address="")
+        return msgspec.structs.replace(message, addresses=())
     return message

@@ -60,11 +60,21 @@ class Steering(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     grammar: Grammar | None = None
 
 
+class Adapter(msgspec.Struct, frozen=True, gc=False):
+    """A LoRA adapter of a model. `digest` names the content of its files, so a name may come to
+    stand for others; block keys are salted with it. Like token ids, `path` is for processes."""
+
+    name: str
+    path: str
+    digest: str
+
+
 class Request(msgspec.Struct, frozen=True, gc=False):
     """What admission and routing may look at.
 
     `prompt_tokens` and `max_tokens` count tokens; `keys` name the prompt's full blocks in order.
-    `band` is a priority, 0 the most urgent. `arrival_s` is on the clock of its gateway.
+    `model` is the base, `adapter` the name of what runs on it; `salt` tells adapters apart by
+    content. `band` is a priority, 0 the most urgent. `arrival_s` is on the clock of its gateway.
     """
 
     id: RequestId

@@ -11,9 +11,9 @@ them is the caller's business, and a runner writes only into blocks that a row's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -22,12 +22,14 @@ from kvasir.core.ids import BlockId, NodeId, RequestId
 from kvasir.core.messages import Logprobs, RowDone, TextEnd
 from kvasir.core.request import Steering
 from kvasir.core.specs import LayerSpec
+from kvasir.engine.adapters import Adapters
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Plane = NDArray[np.uint8]
+    Allocate = Callable[[int], NDArray[np.uint8]]  # so many zeroed bytes, for good
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class StepHooks(Protocol):
         """
 
     def sampled(self, batch: Sequence[Sampled]) -> None:
-        """Once after each iteration, with the tokens it drew (none when no row samples)."""
+        """Once after each iteration, with the tokens it drew (none when no row samples); those of
+        one row stand together, in order."""
 
     def cut(self) -> bool:
         """Asked between two iterations: True ends the step here."""
@@ -95,6 +98,11 @@ class Runner(Protocol):
 
     @property
     def spec(self) -> RunnerSpec: ...
+
+    @property
+    def adapters(self) -> Adapters[Any]:
+        """Has its own lock: any thread may load and take. What an attempt took before its `open`
+        is used for all its tokens, and given back by `close`."""
 
     def open(
         self,
@@ -136,6 +144,10 @@ class Runner(Protocol):
         token is in `stop_token_ids` or is EOS (unless `ignore_eos`), else with "length" when
         index + 1 >= end_at. Under a grammar it ends with "stop" also when nothing may follow, and
         with "failed" when nothing can.
+
+        A row with `draft` (count 1, `sample`, not `stays`) draws in each iteration up to so many
+        tokens more, those that were guessed right; it needs blocks for as many, or up to `end_at`.
+        The tokens are those that it would draw one by one. A runner that cannot guess draws one.
 
         `RowDone.keys` names the full blocks that follow those named before: beyond `keys_count` at
         first, then each block once and in order, wherever its KV was made. Sampled text depends on

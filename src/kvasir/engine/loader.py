@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +22,15 @@ from transformers.utils import logging
 
 from kvasir.core.errors import ModelError, nearest
 from kvasir.core.specs import LayerSpec
-from kvasir.engine import attention
+from kvasir.engine import attention, families, latent
+from kvasir.engine.files import read_json, tensor_shapes, weight_files
+from kvasir.engine.linear import Kind
+from kvasir.engine.narrow import SCALE_BYTES, Narrow
 
 Dtype = Literal["float32", "bfloat16"]
 
-ARCHITECTURES: Final = (
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-)  # fmt: skip
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# These recompute their frequencies from the longest sequence of a batch: text would depend on it.
-ROPE_BY_BATCH: Final = ("dynamic", "longrope")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK_BYTES: Final = 1 << 20
-HEADER_BYTES_MAX: Final = 100_000_000  # the format's own limit
 # Old Llama folders store what is computed from the config.
 UNUSED: Final = ("rotary_emb.inv_freq",)
 NOT_IN_FINGERPRINT: Final = ("_name_or_path", "transformers_version")
@@ -50,26 +46,62 @@ class Loaded:
     context_max: int
     eos_token_ids: tuple[int, ...]
     fingerprint: str
+    weights: Kind = "plain"
+    kv: Narrow | None = None
 
 
-def load(folder: Path, dtype: Dtype = "float32") -> Loaded:
+def load(
+    folder: Path,
+    dtype: Dtype | Literal["auto"] = "float32",
+    weights: Kind = "plain",
+    kv: Narrow | None = None,
+) -> Loaded:
     """Read config, weights and generation config of `folder`.
 
-    Raises ModelError for a missing or damaged file, an architecture outside ARCHITECTURES, weights
-    that do not fit the config, a missing tokenizer, or an unknown `dtype`.
+    `dtype` auto: the one that its config names. `weights` int8 or int4: linear layers are rounded
+    so (engine.quant), when a decoder is made of them. `kv`: one byte a value (engine.narrow).
+    Raises ModelError for a missing or damaged file, a family or variant that is not computed
+    (engine.families), weights that do not fit the config, a missing tokenizer, or an unknown dtype.
     """
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype {dtype!r} is not supported", nearest=nearest(dtype, DTYPES))
-    config, weights = check(folder)
+    config, files = check(folder)
+    if dtype == "auto":
+        dtype = _own_dtype(config)
+    if weights != "plain" and dtype != "bfloat16":
+        raise ModelError(f"weights {weights} need dtype bfloat16, not {dtype}", where=str(folder))
     model = _load_model(folder, dtype)
+    layers = families.layers_of(model.config, dtype, str(folder / "config.json"))
     return Loaded(
         model=model,
-        layers=_layers(model.config, dtype, folder),
+        layers=_narrowed(layers, kv, folder) if kv is not None else layers,
         vocab=model.config.vocab_size,
         context_max=model.config.max_position_embeddings,
         eos_token_ids=_eos_token_ids(folder, config),
-        fingerprint=fingerprint(config, weights, dtype),
+        fingerprint=fingerprint(config, files, "+".join([dtype, *_kinds(weights, kv)])),
+        weights=weights,
+        kv=kv,
     )
+
+
+def _kinds(weights: Kind, kv: Narrow | None) -> list[str]:
+    """What makes KV differ beside the dtype."""
+    return [f"{name} {kind}" for name, kind in (("weights", weights), ("kv", kv))
+            if kind not in ("plain", None)]  # fmt: skip
+
+
+def _own_dtype(config: dict[str, Any]) -> Dtype:
+    """What the weights were saved in; half precision is computed in bfloat16."""
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return "float32" if named in ("float32", "float64") else "bfloat16"
+
+
+def _narrowed(layers: Sequence[LayerSpec], kv: Narrow, folder: Path) -> tuple[LayerSpec, ...]:
+    if any(layer.kind == "latent" for layer in layers):
+        what = f"kv {kv} is not supported for layers that keep latents"
+        raise ModelError(what, where=str(folder), next_step="leave kv out")
+    one_byte = {"dtype": "int8" if kv == "int8" else "float8_e4m3fn", "scale_bytes": SCALE_BYTES}
+    return tuple(layer.model_copy(update=one_byte) for layer in layers)
 
 
 def check(folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -79,18 +111,11 @@ def check(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     """
     if not folder.is_dir():
         raise ModelError("the model folder does not exist", where=str(folder))
-    config = _read_json(folder / "config.json")
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"architecture {name!r} is not supported by the embedded engine",
-            where=str(folder / "config.json"),
-            nearest=nearest(str(name), ARCHITECTURES),
-            next_step="serve it with another engine behind the worker protocol",
-        )
-    weights = _weight_files(folder)
+    config = read_json(folder / "config.json")
+    families.check(config, str(folder / "config.json"))
+    weights = weight_files(folder)
     for file in weights:
-        _check_complete(file)
+        tensor_shapes(file)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             "the tokenizer is missing",
@@ -112,67 +137,6 @@ def fingerprint(config: dict[str, Any], weights: list[Path], dtype: str) -> str:
                 content.update(part)
         digest.update(content.digest())
     return digest.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path.name} is missing", where=str(path.parent))
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ModelError(f"{path.name} is not JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path.name} is not a JSON object", where=str(path))
-    return value
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise ModelError(
-            f"neither {WEIGHTS} nor {INDEX} is there",
-            where=str(folder),
-            next_step="convert the weights to safetensors; other formats are not read",
-        )
-    names = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ModelError("weight_map names no file", where=str(folder / INDEX))
-    files = [folder / name for name in sorted(set(names.values()))]
-    for file in files:
-        if not file.is_file():
-            raise ModelError(
-                f"{file.name}, named by {INDEX}, is missing",
-                where=str(folder),
-                next_step="fetch the missing file again",
-            )
-    return files
-
-
-def _check_complete(path: Path) -> None:
-    """A safetensors file is: header length (8 bytes, little-endian), JSON header, tensors."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = file.read(header_bytes) if 0 < header_bytes <= HEADER_BYTES_MAX else b""
-    try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items()
-                if name != "__metadata__"]  # fmt: skip
-        needed = 8 + header_bytes + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ModelError(
-            f"{path.name} has no readable safetensors header",
-            where=str(path),
-            next_step="fetch the file again",
-        ) from error
-    if size != needed:
-        raise ModelError(
-            f"{path.name} is {'truncated' if size < needed else 'too long'}: "
-            f"{size} bytes, its header says {needed}",
-            where=str(path),
-            next_step="fetch the file again",
-        )
 
 
 def _load_model(folder: Path, dtype: Dtype) -> Any:
@@ -202,6 +166,8 @@ def _load_model(folder: Path, dtype: Dtype) -> Any:
                 where=str(folder),
                 next_step="check that config.json belongs to these weights",
             )
+    if families.is_latent(model.config):
+        latent.plug_into(model)
     return model.eval().requires_grad_(False)
 
 
@@ -219,33 +185,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _layers(config: Any, dtype: Dtype, folder: Path) -> tuple[LayerSpec, ...]:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ROPE_BY_BATCH:
-        raise ModelError(f"rope type {rope!r} is not supported", where=str(folder), nearest="yarn")
-    window = getattr(config, "sliding_window", None)
-    count = config.num_hidden_layers
-    default = "sliding_attention" if window else "full_attention"
-    types = getattr(config, "layer_types", None) or [default] * count
-    windows = {"full_attention": None, "sliding_attention": window}
-    if unknown := sorted(set(types) - set(windows)):
-        raise ModelError(
-            f"layer type {unknown[0]!r} is not supported",
-            where=str(folder / "config.json"),
-            nearest=nearest(unknown[0], windows),
-        )
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = config.num_key_value_heads
-    return tuple(
-        LayerSpec(kv_heads=kv_heads, head_dim=dim, window=windows[one], dtype=dtype)
-        for one in types
-    )
-
-
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json decides where it says anything; one id or a list of them."""
     path = folder / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    generation = read_json(path) if path.is_file() else {}
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     if eos is None:
         return ()

@@ -36,10 +36,10 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
 def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """One token id per row of `logits`, float32 of shape [rows, vocab], which stays as it is."""
     logits = _guided(logits, draws)
-    tokens = logits.argmax(dim=-1)
+    tokens = logits.argmax(dim=-1).cpu()
     warm = [i for i, one in enumerate(draws) if one.sampling.temperature > 0]
     if warm:
-        tokens[warm] = _draw_warm(logits[warm], [draws[i] for i in warm])
+        tokens[warm] = _draw_warm(logits[warm].cpu(), [draws[i] for i in warm])
     return [int(token) for token in tokens.tolist()]
 
 

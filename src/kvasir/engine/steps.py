@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ from kvasir.core.ids import BlockId, BlockKey, RequestId
 from kvasir.core.keys import extend_keys
 from kvasir.core.messages import Logprobs, RowDone, TextEnd
 from kvasir.core.request import Sampling, Steering
+from kvasir.engine.adapters import Adapters
 from kvasir.engine.base import RunnerSpec, Sampled, StepHooks, StepResult
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Attempt:
     keys: list[BlockKey] = field(default_factory=list)
     steering: Steering | None = None
     guide: Guide | None = None  # a runner that draws keeps here what it knows of the output
+    adapter: Any = None  # what the runner's `Adapters` read
 
     def keys_filled(self, end: int, block_size: int) -> tuple[BlockKey, ...]:
         """Keys of the blocks before position `end` that the scheduler does not know yet. Each is
@@ -72,35 +74,83 @@ class Attempt:
 
 @dataclass(slots=True)
 class Lane:
-    """One row of the batch: positions [start, start + count) and output token `index` come next."""
+    """One row of the batch: positions [start, start + count) and output token `index` come next.
+    In the step that runs it drew `sampled` tokens and guessed `drafted`, `accepted` of them right.
+    """
 
     row: Row
     attempt: Attempt
     start: int
     count: int
     index: int
+    sampled: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    end: TextEnd = ""
 
-    def move(self) -> None:
-        """On to the token that was just drawn."""
-        self.start, self.count, self.index = self.start + self.count, 1, self.index + 1
+    @property
+    def draft_max(self) -> int:
+        """Tokens that may be guessed now: none after the last one that it may draw."""
+        return min(self.row.draft, self.row.end_at - self.index - 1)
+
+    def begin(self) -> None:
+        """A new step."""
+        self.sampled = self.drafted = self.accepted = 0
+
+    def move(self, kept: Sequence[int], guess: Sequence[int]) -> None:
+        """On to the last one of the tokens that were just drawn; one that draws none is over."""
+        self.start, self.count = self.start + self.count + max(len(kept), 1) - 1, 1
+        self.index += len(kept)
+        self.sampled += len(kept)
+        self.drafted += len(guess)
+        self.accepted += sum(a == b for a, b in zip(kept, guess, strict=False))
 
 
 class Work(msgspec.Struct, frozen=True):
-    """One row in one iteration: positions [start, start + count), output token `index` if any."""
+    """One row in one iteration: positions [start, start + count), output token `index` if any. The
+    last `len(guess)` of the positions hold guessed tokens."""
 
     row: Row
     attempt: Attempt
     start: int
     count: int
     index: int
+    guess: Sequence[int] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.count
 
     @property
+    def drawn_at(self) -> int:
+        """The position whose logits give output token `index`."""
+        return self.end - len(self.guess) - 1
+
+    @property
     def new_tokens(self) -> list[int]:
-        return self.attempt.tokens[self.start : self.end]
+        return [*self.attempt.tokens[self.start : self.end], *self.guess]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Up to `count` guesses are wanted for what follows an attempt's tokens, the first of them at
+    output `index`."""
+
+    key: tuple[RequestId, int]
+    attempt: Attempt
+    index: int
+    count: int
+    sampling: Sampling
+
+
+class Guesser(Protocol):
+    """Guesses tokens that a model then verifies; owned by one runner."""
+
+    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
+        """For each wish 0 to `count` token ids."""
+
+    def forget(self, key: tuple[RequestId, int]) -> None:
+        """The attempt is over. Unknown ones are no error."""
 
 
 class Choice(NamedTuple):
@@ -114,18 +164,21 @@ class Choice(NamedTuple):
 class AttemptRunner(ABC):
     """Base of the runners here; with `planes` and `_compute` it is a `Runner` (see engine.base)."""
 
-    def __init__(self, spec: RunnerSpec) -> None:
+    def __init__(self, spec: RunnerSpec, adapters: Adapters[Any]) -> None:
         self.spec = spec
+        self.adapters = adapters
+        self.guesser: Guesser | None = None
         self._attempts: dict[tuple[RequestId, int], Attempt] = {}
         self._carried: dict[tuple[RequestId, int], Lane] = {}
 
     @abstractmethod
     def _compute(
         self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
-    ) -> list[Choice]:
+    ) -> list[Sequence[Choice]]:
         """Write KV of all works, calling `layer_done` after each layer; draw for those that sample.
 
-        Returns one choice for each work with `row.sample`, in order.
+        Returns for each work with `row.sample`, in order, its token; and as long as that is what
+        was guessed, the next one too (`verified`).
         """
 
     def open(
@@ -144,6 +197,7 @@ class AttemptRunner(ABC):
         one.tokens[:0] = tokens
         one.opened, one.keys_count, one.salt = True, keys_count, salt
         one.steering = steering
+        one.adapter = self.adapters.of((request_id, attempt))
 
     def append(self, request_id: RequestId, attempt: int, token: int) -> None:
         self._known_tokens((token,))
@@ -156,22 +210,23 @@ class AttemptRunner(ABC):
     def close(self, request_id: RequestId, attempt: int) -> None:
         self._attempts.pop((request_id, attempt), None)
         self._carried.pop((request_id, attempt), None)
+        if self.guesser is not None:
+            self.guesser.forget((request_id, attempt))
+        self.adapters.give_back((request_id, attempt))
 
     def step(self, step: Step, hooks: StepHooks) -> StepResult:
         lanes = self._join(step)
         done = 0
         while True:
-            works = [Work(x.row, x.attempt, x.start, x.count, x.index) for x in lanes]
+            works = self._works(lanes)
             self._check(works)
             layer_done = hooks.layer_done if done == 0 else _ignore
-            ends = self._record(works, self._compute(works, done, layer_done), hooks)
+            self._record(lanes, works, self._compute(works, done, layer_done), hooks)
             done += 1
-            for lane in lanes:
-                lane.move()
-            if done == step.steps or any(ends) or hooks.cut():
+            if done == step.steps or any(lane.end for lane in lanes) or hooks.cut():
                 break
-        self._carry(lanes, ends)
-        rows = [self._row_done(work, end, done) for work, end in zip(works, ends, strict=True)]
+        self._carry(lanes)
+        rows = [self._row_done(lane) for lane in lanes]
         named = len(step.rows)
         return StepResult(done, (*rows[:named], *(r for r in rows[named:] if r.end or r.keys)))
 
@@ -197,12 +252,34 @@ class AttemptRunner(ABC):
             else:
                 attempt.table.extend(row.blocks)
             lanes.append(Lane(row, attempt, row.start, row.count, row.index))
+        for lane in others:
+            lane.begin()
         return lanes + others
 
-    def _carry(self, lanes: Sequence[Lane], ends: Sequence[TextEnd]) -> None:
-        for lane, end in zip(lanes, ends, strict=True):
+    def _works(self, lanes: Sequence[Lane]) -> list[Work]:
+        """The next iteration, with guesses for the rows that may have some."""
+        guessing = [x for x in lanes if x.draft_max > 0] if self.guesser is not None else []
+        guesses: dict[int, Sequence[int]] = {}
+        if guessing and self.guesser is not None:
+            wishes = [
+                Wish(
+                    (x.row.request_id, x.row.attempt), x.attempt, x.index, x.draft_max,
+                    x.row.sampling or DEFAULT_SAMPLING,
+                )
+                for x in guessing
+            ]  # fmt: skip
+            found = self.guesser.guess(wishes)
+            guesses = {id(x): guess for x, guess in zip(guessing, found, strict=True)}
+        works = []
+        for x in lanes:
+            guess = guesses.get(id(x), ())
+            works.append(Work(x.row, x.attempt, x.start, x.count + len(guess), x.index, guess))
+        return works
+
+    def _carry(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
             key = (lane.row.request_id, lane.row.attempt)
-            if lane.row.stays and not end:
+            if lane.row.stays and not lane.end:
                 self._carried[key] = lane
             else:
                 self._carried.pop(key, None)
@@ -210,44 +287,48 @@ class AttemptRunner(ABC):
     def _check(self, works: Sequence[Work]) -> None:
         for work in works:
             row, attempt, end = work.row, work.attempt, work.end
-            name = f"{row.request_id}/{row.attempt}"
+            last, name = end - len(work.guess), f"{row.request_id}/{row.attempt}"
             assert work.count > 0 and work.start >= 0, f"{name}: nothing to compute"
             known, room = len(attempt.tokens), len(attempt.table.blocks) * self.spec.block_size
-            assert end <= known, f"{name}: computes to {end}, but only {known} tokens are known"
+            assert last <= known, f"{name}: computes to {last}, but only {known} tokens are known"
             assert end <= room, f"{name}: computes to {end}, but its blocks end at {room}"
-            assert end == known or not row.sample, f"{name}: samples at {end} of {known} tokens"
+            assert last == known or not row.sample, f"{name}: samples at {last} of {known} tokens"
             assert end <= self.spec.context_max, f"{name}: {end} is beyond the model's context"
 
     def _record(
-        self, works: Sequence[Work], choices: list[Choice], hooks: StepHooks
-    ) -> list[TextEnd]:
-        """Append and announce this iteration's tokens. Returns each row's end."""
+        self, lanes: Sequence[Lane], works: Sequence[Work], choices: list[Sequence[Choice]],
+        hooks: StepHooks,
+    ) -> None:  # fmt: skip
+        """Append and announce this iteration's tokens; tokens after a row's end are dropped."""
         drawn = iter(choices)
-        ends: list[TextEnd] = []
-        batch = []
-        for work in works:
-            row, index = work.row, work.index
-            if not row.sample:
-                ends.append("")
-                continue
-            token, logprobs, end = next(drawn)
-            work.attempt.tokens.append(token)
-            ends.append(end := end or end_of(row, index, token, self.spec.eos_token_ids))
-            batch.append(
-                Sampled(row.request_id, row.attempt, index, token, row.gateway, end, logprobs)
-            )
+        batch: list[Sampled] = []
+        for lane, work in zip(lanes, works, strict=True):
+            row, kept, end = work.row, list[int](), lane.end
+            for token, logprobs, ended in next(drawn) if row.sample else ():
+                index = work.index + len(kept)
+                end = ended or end_of(row, index, token, self.spec.eos_token_ids)
+                kept.append(token)
+                batch.append(
+                    Sampled(row.request_id, row.attempt, index, token, row.gateway, end, logprobs)
+                )
+                if end:
+                    break
+            work.attempt.tokens += kept
+            lane.end = end
+            lane.move(kept, work.guess)
         assert next(drawn, None) is None, "more tokens than rows that sample"
         hooks.sampled(batch)
-        return ends
 
-    def _row_done(self, last: Work, end: TextEnd, iterations: int) -> RowDone:
-        row = last.row
+    def _row_done(self, lane: Lane) -> RowDone:
+        row = lane.row
         return RowDone(
             request_id=row.request_id,
             attempt=row.attempt,
-            sampled=iterations if row.sample else 0,
-            end=end,
-            keys=last.attempt.keys_filled(last.end, self.spec.block_size),
+            sampled=lane.sampled,
+            end=lane.end,
+            keys=lane.attempt.keys_filled(lane.start, self.spec.block_size),
+            drafted=lane.drafted,
+            accepted=lane.accepted,
         )
 
     def _attempt(self, request_id: RequestId, attempt: int) -> Attempt:
@@ -260,6 +341,24 @@ class AttemptRunner(ABC):
     def _known_blocks(self, blocks: Sequence[BlockId]) -> None:
         count = self.spec.blocks_count
         assert not blocks or 0 <= min(blocks) <= max(blocks) < count, f"a block not in [0, {count})"
+
+
+def verified(guess: Sequence[int], draw: Callable[[int], Choice]) -> list[Choice]:
+    """The tokens that a row keeps. `draw(i)` is the model's own choice after the first i guesses;
+    it counts as long as all of them were its own choices too, and the text goes on.
+
+    A guess stands for a distribution with one point (n-gram), or for a sample of a draft model that
+    is compared, not weighed. So each token is the one that is drawn without guesses, and the
+    distribution is the model's own. The rejection rule (Leviathan et al., arXiv 2211.17192; Chen et
+    al., arXiv 2302.01318) accepts a draft model's samples more often, at other texts than without.
+    """
+    choices = [draw(0)]
+    while len(choices) <= len(guess):
+        last = choices[-1]
+        if last.end or last.token != guess[len(choices) - 1]:
+            break
+        choices.append(draw(len(choices)))
+    return choices
 
 
 def end_of(row: Row, index: int, token: int, eos_token_ids: Sequence[int]) -> TextEnd:

@@ -96,6 +96,11 @@ def write_tokenizer(folder: Path, context_max: int) -> None:
     tokenizer.decoder = ByteDecoder()
     tokenizer.add_special_tokens(list(SPECIALS))
     tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(folder, context_max)
+
+
+def write_tokenizer_config(folder: Path, context_max: int) -> None:
+    """tokenizer_config.json of a tokenizer with `SPECIALS`: ChatML, a turn's end ends the text."""
     config = {
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,

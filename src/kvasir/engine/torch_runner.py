@@ -1,5 +1,5 @@
-"""Runs a HuggingFace model over paged KV, on the CPU. Knows tensors and a model folder; must not
-know who asked. The contract is engine.base.Runner.
+"""Runs a HuggingFace model over paged KV. Knows tensors and a model folder; must not know who
+asked. The contract is engine.base.Runner, the forward pass that of engine.decoder.
 
 All rows of an iteration are packed into one sequence of tokens, so each linear layer runs once and
 attention splits them again (engine.attention). Logits are computed for sampled positions only.
@@ -8,32 +8,51 @@ attention splits them again (engine.attention). Logits are computed for sampled 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from kvasir.core.errors import ModelError
 from kvasir.core.ids import RequestId
 from kvasir.core.request import Sampling, Steering
+from kvasir.engine.adapters import Adapters
 from kvasir.engine.attention import PagedBatch, Span, make_caches
 from kvasir.engine.base import RunnerSpec
+from kvasir.engine.decoder import decoder_of
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.guide import Guide, needs_guide
-from kvasir.engine.loader import DTYPES, Dtype, load
+from kvasir.engine.linear import Kind
+from kvasir.engine.loader import Dtype, Loaded, load
 from kvasir.engine.logprobs import logprobs_of
+from kvasir.engine.lora import batch_of, read_lora
+from kvasir.engine.narrow import Narrow
 from kvasir.engine.sampler import Draw, draw
-from kvasir.engine.steps import DEFAULT_SAMPLING, AttemptRunner, Choice, Work, stop_tokens
+from kvasir.engine.steps import (
+    DEFAULT_SAMPLING,
+    AttemptRunner,
+    Choice,
+    Work,
+    stop_tokens,
+    verified,
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    from kvasir.engine.base import Plane
+    from kvasir.engine.base import Allocate, Plane
 
 
 class TorchRunner(AttemptRunner):
-    """`blocks_count` blocks of `block_size` tokens of KV, in the weights' dtype.
+    """`blocks_count` blocks of `block_size` tokens of KV, in the weights' dtype, or one byte a
+    value (`kv`: engine.narrow). `weights` of linear layers may be rounded (engine.quant).
 
     `threads` is torch's own number of threads, for the whole process: one unless the cores are not
     shared, since its barriers cost more than they give (2-20 times slower under load). None leaves
-    it alone. Raises ModelError (see engine.loader.load).
+    it alone. `fused`: compute the families that engine.decoder covers with its own layers; False
+    runs transformers' modules. `adapters_max` LoRA adapters are held at most. `loaded`: a model
+    that is in memory already, on `device`; its folder needs no weights then. On another device than
+    "cpu" the cache is there too, and has no `planes`. Raises ModelError (see engine.loader.load).
     """
 
     def __init__(
@@ -42,12 +61,24 @@ class TorchRunner(AttemptRunner):
         *,
         blocks_count: int,
         block_size: int = 16,
-        dtype: Dtype = "float32",
+        dtype: Dtype | Literal["auto"] = "float32",
+        weights: Kind = "plain",
+        kv: Narrow | None = None,
         threads: int | None = 1,
+        fused: bool = True,
+        adapters_max: int = 8,
+        device: str = "cpu",
+        loaded: Loaded | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = load(Path(folder), dtype)
+        if loaded is None:
+            loaded = load(Path(folder), dtype, weights, kv)
+            loaded.model.to(device)
+        if loaded.kv is not None and device != "cpu":
+            raise ModelError(f"kv {loaded.kv} is not supported on {device}")
+        self._dtype, self._narrow = loaded.model.dtype, loaded.kv
         super().__init__(
             RunnerSpec(
                 layers=loaded.layers,
@@ -58,10 +89,15 @@ class TorchRunner(AttemptRunner):
                 context_max=loaded.context_max,
                 eos_token_ids=loaded.eos_token_ids,
                 fingerprint=loaded.fingerprint,
-            )
+            ),
+            Adapters(partial(read_lora, base=Path(folder)), adapters_max),
         )
-        self._body, self._head = loaded.model.model, loaded.model.lm_head
-        self._caches = make_caches(loaded.layers, blocks_count, block_size, DTYPES[dtype])
+        self.decoder = decoder_of(loaded, fused)
+        self._device = device
+        self._caches = make_caches(
+            loaded.layers, blocks_count, block_size, self._dtype, device, allocate
+        )
+        self.rows_shared = 0  # times that a row attended to a prefix together with others
         tokenizer = Path(folder) / "tokenizer.json"
         self._grammars = Grammars(tokenizer, loaded.vocab, loaded.eos_token_ids)
 
@@ -80,6 +116,7 @@ class TorchRunner(AttemptRunner):
 
     def planes(self) -> list[list[Plane]]:
         """Per layer K and V, uint8 [blocks, bytes per block]: views, not copies."""
+        assert self._device == "cpu", "KV in a device's memory cannot be handed over"
         return [[self._bytes_of(plane) for plane in cache] for cache in self._caches]
 
     def _bytes_of(self, plane: torch.Tensor) -> Plane:
@@ -89,33 +126,57 @@ class TorchRunner(AttemptRunner):
     @torch.inference_mode()
     def _compute(
         self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
-    ) -> list[Choice]:
+    ) -> list[Sequence[Choice]]:
         spans = [Span(work.start, work.count, work.attempt.table) for work in works]
-        batch = PagedBatch(self._caches, self.spec.block_size, spans, layer_done)
+        batch = PagedBatch(
+            self._caches, self.spec.block_size, spans, layer_done, self._narrow, self._dtype
+        )
         tokens = [token for work in works for token in work.new_tokens]
         positions = [p for work in works for p in range(work.start, work.end)]
-        hidden = self._body(
-            input_ids=torch.tensor([tokens]),
-            position_ids=torch.tensor([positions]),
-            use_cache=False,
-            paged=batch,
-        ).last_hidden_state[0]
-        lasts, draws = self._draws(works)
-        return _choices(self._head(hidden[lasts]).float(), draws) if draws else []
+        adapters = batch_of((work.attempt.adapter, work.count) for work in works)
+        hidden = self.decoder.forward(
+            torch.tensor(tokens, device=self._device),
+            torch.tensor(positions, device=self._device),
+            batch,
+            adapters,
+        )
+        self.rows_shared += batch.rows_shared
+        places = _sampled_places(works)
+        if not places:
+            return []
+        rows = hidden if len(places) == len(hidden) else hidden[places]
+        return self._draw(self.decoder.logits(rows), [work for work in works if work.row.sample])
 
-    def _draws(self, works: Sequence[Work]) -> tuple[list[int], list[Draw]]:
-        """Where in the packed batch the sampled positions stand, and what to draw there."""
-        lasts: list[int] = []
-        draws: list[Draw] = []
-        at = 0
+    def _draw(self, logits: torch.Tensor, works: Sequence[Work]) -> list[Sequence[Choice]]:
+        """What the works keep. `logits` [rows, vocab]: of each work its last known position, and
+        one more for each guess.
+
+        All is drawn at once, but for the guesses of a row with a guide: what is allowed there
+        depends on the tokens before, which must have been drawn.
+        """
+        draws: list[list[Draw]] = []
         for work in works:
-            at += work.count
-            if work.row.sample:
-                lasts.append(at - 1)
-                sampling = work.row.sampling or DEFAULT_SAMPLING
-                guide = self._guide(work, sampling)
-                draws.append(Draw(work.row.request_id, work.index, sampling, guide))
-        return lasts, draws
+            sampling = work.row.sampling or DEFAULT_SAMPLING
+            guide = self._guide(work, sampling)
+            count = 1 + len(work.guess)
+            draws.append(
+                [Draw(work.row.request_id, work.index + i, sampling, guide) for i in range(count)]
+            )
+        firsts = [0, *accumulate(len(of) for of in draws)]
+        ahead = [1 if of[0].guide is not None else len(of) for of in draws]
+        at = [first + i for first, n in zip(firsts, ahead, strict=False) for i in range(n)]
+        one_by_one = len(at) < len(logits)
+        chosen = iter(
+            _choices(
+                logits[at] if one_by_one else logits,
+                [one for of, n in zip(draws, ahead, strict=True) for one in of[:n]],
+            )
+        )
+        kept: list[Sequence[Choice]] = []
+        for work, first, of, n in zip(works, firsts, draws, ahead, strict=False):
+            known = [next(chosen) for _ in range(n)]
+            kept.append(verified(work.guess, partial(_choice, logits, first, of, known)))
+        return kept
 
     def _guide(self, work: Work, sampling: Sampling) -> Guide | None:
         """The attempt's guide, if it needs one, up to the token that is drawn now."""
@@ -130,6 +191,27 @@ class TorchRunner(AttemptRunner):
         if attempt.guide is not None:
             attempt.guide.follow(attempt.tokens, work.index)
         return attempt.guide
+
+
+def _sampled_places(works: Sequence[Work]) -> list[int]:
+    """Where in the packed batch something is drawn: after a row's last known token, and after each
+    guess."""
+    places: list[int] = []
+    at = 0
+    for work in works:
+        at += work.count
+        if work.row.sample:
+            places += range(at - 1 - len(work.guess), at)
+    return places
+
+
+def _choice(
+    logits: torch.Tensor, first: int, draws: Sequence[Draw], known: Sequence[Choice], i: int
+) -> Choice:
+    """A row's i-th draw; its logits begin at `first`."""
+    if i < len(known):
+        return known[i]
+    return _choices(logits[first + i : first + i + 1], [draws[i]])[0]
 
 
 def _choices(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:

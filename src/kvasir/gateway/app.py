@@ -17,7 +17,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -29,7 +29,12 @@ from kvasir.gateway.errors import HttpError, Refused, of_bug, of_error, of_statu
 from kvasir.gateway.exchange import Exchange, Line, Reply
 from kvasir.gateway.openai import Caller, Plan, card_of, plan_chat, plan_completion, read_caller
 from kvasir.gateway.port import Desk, ModelCard
-from kvasir.gateway.schema import decode_chat, decode_completion
+from kvasir.gateway.schema import (
+    decode_chat,
+    decode_completion,
+    decode_load,
+    decode_unload,
+)  # fmt: skip
 from kvasir.observe.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("kvasir.gateway")
@@ -58,6 +63,8 @@ def make_app(
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in hot.items()),
             Route("/v1/models", house.models),
             Route("/v1/models/{id:path}", house.model),
+            Route("/v1/load_lora_adapter", house.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", house.unload_adapter, methods=["POST"]),
             Route("/health", house.health),
             Route("/metrics", house.metrics_page),
             Route("/version", house.version),
@@ -160,6 +167,38 @@ class House:
         except KvasirError as error:
             return self._error(request, of_error(error))
 
+    async def load_adapter(self, request: Request) -> Response:
+        return await self._changed(request, self._load)
+
+    async def unload_adapter(self, request: Request) -> Response:
+        return await self._changed(request, self._unload)
+
+    async def _load(self, raw: bytes) -> str:
+        body = decode_load(raw)
+        await self.desk.served.load(body)
+        return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+    async def _unload(self, raw: bytes) -> str:
+        name = decode_unload(raw).lora_name
+        self.desk.served.unload(name)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    async def _changed(
+        self, request: Request, change: Callable[[bytes], Awaitable[str]]
+    ) -> Response:
+        """Answers in vLLM's words, as plain text."""
+        try:
+            caller = read_caller(request.scope["headers"], "")
+            limit = self.limits.body_bytes_max
+            said = await change(await read_body(request.receive, caller.body_bytes, limit))
+        except KvasirError as error:
+            return self._error(request, of_error(error))
+        except Refused as refused:
+            return self._error(request, refused.error)
+        except ClientGone:  # nobody reads this
+            return self._error(request, of_status(400, "the body did not come"))
+        return PlainTextResponse(said, headers={"x-request-id": self._request_id(request)})
+
     async def health(self, request: Request) -> Response:
         """200 only when every configured worker is ready."""
         health = self.desk.health()
@@ -210,11 +249,13 @@ def _response(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
 
 
 def _card(card: ModelCard) -> dict[str, Any]:
-    """OpenAI's model object; `max_model_len` is where vLLM's clients look for the context."""
+    """OpenAI's model object; `max_model_len` is where vLLM's clients look for the context, `parent`
+    for what an adapter runs on."""
     return {
         "id": card.id,
         "object": "model",
         "created": card.created,
         "owned_by": card.owned_by,
         "max_model_len": card.max_context,
+        "parent": card.parent,
     }

@@ -46,6 +46,8 @@ class Controls(NamedTuple):
 async def controls_of(body: Body, text: Text, card: ModelCard) -> Controls:
     """Raises BadField; Overloaded when too many grammars wait to be checked."""
     sampling = _sampling(body, text, card)
+    if body.use_beam_search and card.made_up:
+        raise BadField("no beam search here: engine fake makes its tokens up", "use_beam_search")
     bias, grammar = _bias(body, text), await _served_grammar(body, text, card)
     if grammar is not None:
         sampling = msgspec.structs.replace(sampling, single_step=True)

@@ -15,7 +15,6 @@ from typing import cast
 import msgspec
 
 from kvasir.core import effects as fx
-from kvasir.core.errors import NotFound, nearest
 from kvasir.core.events import AnyEvent, Closed
 from kvasir.core.ids import NodeId, RequestId
 from kvasir.core.keys import block_keys, salt_of
@@ -31,7 +30,7 @@ from kvasir.core.messages import (
     Report,
     Tokens,
 )  # fmt: skip
-from kvasir.core.request import Request, Slo, Steering
+from kvasir.core.request import Request, Slo
 from kvasir.core.specs import Deployment
 from kvasir.gateway.port import (
     Ask,
@@ -45,6 +44,7 @@ from kvasir.gateway.port import (
     Text,
     TokensPiece,
 )  # fmt: skip
+from kvasir.gateway.served import Served
 from kvasir.node.request import Requests
 from kvasir.world.journal import Journal
 from kvasir.world.live.host import Bus, Host
@@ -55,11 +55,12 @@ PERFORMS = (fx.Tell, fx.Timer, fx.Reply, fx.Refuse, fx.Note)
 class Open:
     """One request that a client waits for."""
 
-    __slots__ = ("emitted", "ended", "pieces", "prompt", "report", "steering")
+    __slots__ = ("adapter", "emitted", "ended", "pieces", "prompt", "report", "steering")
 
-    def __init__(self, prompt: tuple[int, ...], steering: Steering | None) -> None:
-        self.prompt = prompt
-        self.steering = steering
+    def __init__(self, ask: Ask) -> None:
+        self.prompt = ask.tokens
+        self.steering = ask.steering
+        self.adapter = ask.adapter  # it may be unloaded meanwhile
         self.emitted: array[int] = array("I")
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self.report: Report | None = None
@@ -71,7 +72,7 @@ class LiveDesk:
 
     def __init__(
         self, deployment: Deployment, node: Requests, bus: Bus, texts: dict[str, Text],
-        health: Callable[[], Health], *, journal: Journal | None,
+        served: Served, health: Callable[[], Health], *, journal: Journal | None,
         observe: Callable[[AnyEvent], None],
     ) -> None:  # fmt: skip
         fx.require("the gateway", PERFORMS, ())
@@ -79,6 +80,7 @@ class LiveDesk:
         self._node = node
         self._bus = bus
         self._texts = texts
+        self.served = served
         self._health = health
         self._observe = observe
         self._created = int(time.time())
@@ -96,7 +98,7 @@ class LiveDesk:
     # --- the Desk ---------------------------------------------------------------------------------
 
     def submit(self, ask: Ask) -> Pieces:
-        found = self._open[ask.request_id] = Open(ask.tokens, ask.steering)
+        found = self._open[ask.request_id] = Open(ask)
         self.host.feed(Arrive(self._request(ask)))
         return _Pieces(self, ask.request_id, found)
 
@@ -112,22 +114,18 @@ class LiveDesk:
 
         return [
             ModelCard(
-                m.name, self._created, m.max_context or shape_of(m).max_context,
+                name, self._created, m.max_context or shape_of(m).max_context,
                 made_up=self._deployment.engine == "fake", reasons=m.reasoning_parser is not None,
+                parent=m.name if adapter else None, adapter=adapter,
             )
-            for m in self._deployment.models
+            for name, (m, adapter) in self.served.entries.items()
         ]  # fmt: skip
 
     def health(self) -> Health:
         return self._health()
 
     def text(self, model: str) -> Text:
-        found = self._texts.get(model)
-        if found is None:
-            raise NotFound(
-                f"the model {model!r} does not exist", nearest=nearest(model, self._texts)
-            )
-        return found
+        return self._texts[self.served.find(model).model.name]
 
     @property
     def open_count(self) -> int:
@@ -136,7 +134,8 @@ class LiveDesk:
     def _request(self, ask: Ask) -> Request:
         d = self._deployment
         version = next(m.version for m in d.models if m.name == ask.model)
-        salt = salt_of(f"{ask.model}@{version}", None, ask.tenant)
+        digest = ask.adapter.digest if ask.adapter is not None else None
+        salt = salt_of(f"{ask.model}@{version}", digest, ask.tenant)
         slo = None
         if ask.slo_ttft_s is not None or ask.slo_tpot_s is not None:
             slo = Slo(ask.slo_ttft_s or d.slo.ttft_s, ask.slo_tpot_s or d.slo.tpot_s)
@@ -149,6 +148,7 @@ class LiveDesk:
             keys=block_keys(ask.tokens, d.block_size, salt),
             gateway=self.id,
             version=version,
+            adapter=ask.adapter.name if ask.adapter is not None else None,
             tenant=ask.tenant,
             salt=salt,
             band=ask.band,
@@ -161,13 +161,14 @@ class LiveDesk:
 
     # --- the node's inputs and effects ------------------------------------------------------------
 
-    def _arriving(self, message: AnyMessage) -> None:
+    def _arriving(self, message: AnyMessage) -> bool:
         if isinstance(message, Tokens):
             self._incoming = {drawn.request_id: drawn for drawn in message.drawn}
         elif isinstance(message, Done):
             found = self._open.get(message.request_id)
             if found is not None:
                 found.report = message.report
+        return True
 
     def _tell(self, effect: fx.Tell) -> None:
         message = effect.message
@@ -176,7 +177,7 @@ class LiveDesk:
             tokens = (array("I", found.prompt) + found.emitted)[: message.count]
             assert len(tokens) == message.count, (len(tokens), message.count)
             message = msgspec.structs.replace(
-                message, tokens=tokens.tobytes(), steering=found.steering
+                message, tokens=tokens.tobytes(), steering=found.steering, adapter=found.adapter
             )
         self._bus.tell(self.id, effect.to, message)
 

@@ -20,6 +20,7 @@ import msgspec
 from starlette.types import Receive, Send
 
 from kvasir.gateway.answer import Answer, timing_of, usage_of
+from kvasir.gateway.beams import beam_sources
 from kvasir.gateway.errors import Header, HttpError, Refused, of_end, of_fail, of_status
 from kvasir.gateway.fanin import Follower, Leader, Tagged, merge
 from kvasir.gateway.openai import Plan
@@ -195,7 +196,9 @@ class Exchange:
 
     def _sources(self) -> list[Pieces]:
         """One a choice. All but the first choice of a prompt wait until that prompt is cached."""
-        submit, n = self._desk.submit, self._plan.n
+        submit, n, beaming = self._desk.submit, self._plan.n, self._plan.beaming
+        if beaming is not None:
+            return beam_sources(submit, self._answers[0].ask, beaming)
         if n == 1:
             return [submit(answer.ask) for answer in self._answers]
         sources: list[Pieces] = []

@@ -15,6 +15,7 @@ from typing import Any
 from kvasir.core.errors import NotFound, nearest
 from kvasir.core.messages import Logprobs, Path, PrefillReport, Report
 from kvasir.core.request import Grammar
+from kvasir.core.specs import ModelSpec
 from kvasir.gateway.port import (
     Ask,
     EndPiece,
@@ -27,6 +28,7 @@ from kvasir.gateway.port import (
     TokensPiece,
     WorkerState,
 )
+from kvasir.gateway.served import Served
 
 
 class FakeDetok:
@@ -93,6 +95,7 @@ class FakeDesk:
         self.fail, self.fail_at = fail, fail_at
         card = ModelCard(model, 1_700_000_000, max_context, made_up=made_up, reasons=reasons)
         self._cards = [card]
+        self.served = Served((ModelSpec(name=model),))
         two: Mapping[str, WorkerState] = {"prefill-0": "ready", "decode-0": "ready"}
         self._workers = dict(two if workers is None else workers)
         self.asks: list[Ask] = []

@@ -12,7 +12,9 @@ from typing import Any, Final
 import msgspec
 
 from kvasir.core.errors import NotFound, nearest
+from kvasir.core.request import Steering
 from kvasir.gateway.answer import Style
+from kvasir.gateway.beams import Beaming
 from kvasir.gateway.controls import Controls, controls_of, known_tokens
 from kvasir.gateway.port import Ask, Desk, ModelCard, Text
 from kvasir.gateway.reasoning import begins_inside
@@ -20,6 +22,8 @@ from kvasir.gateway.schema import BadField, ChatBody, CompletionBody, unsupporte
 
 PROMPTS_MAX: Final = 128
 CHOICES_MAX: Final = 128
+BEAMS_MAX: Final = 32
+PENALTY_MAX: Final = 10
 STOPS_MAX: Final = 64
 STOP_CHARS_MAX: Final = 1024
 COMPLETION_TOKENS_DEFAULT: Final = 16
@@ -49,10 +53,13 @@ class Plan(msgspec.Struct, frozen=True):
     include_usage: bool
     token_ids: bool
     timing: bool
+    beaming: Beaming | None = None
 
     @property
     def model(self) -> str:
-        return self.asks[0].model
+        """As it was asked for."""
+        adapter = self.asks[0].adapter
+        return adapter.name if adapter is not None else self.asks[0].model
 
 
 async def plan_chat(body: ChatBody, desk: Desk, caller: Caller, run_id: str) -> Plan:
@@ -101,7 +108,6 @@ def card_of(desk: Desk, model: str) -> ModelCard:
 INSTEAD: Final = {
     "best_of": "n gives several choices; nothing ranks them",
     "echo": "leave echo out: a prompt's own log-probabilities are not kept",
-    "use_beam_search": "n with a temperature gives several choices",
 }
 
 
@@ -136,7 +142,30 @@ def _plan(
         include_usage=stream and usage,
         token_ids=bool(body.return_token_ids),
         timing=body.kvasir is not None and body.kvasir.timing,
+        beaming=_beaming(body, prompts, n),
     )
+
+
+def _beaming(body: ChatBody | CompletionBody, prompts: Sequence[Ask], n: int) -> Beaming | None:
+    """Beam search, `n` beams wide. Raises BadField for what would bend or end a beam in another
+    way than by the model's own log-probabilities."""
+    if not body.use_beam_search:
+        return None
+    sampling, steering = prompts[0].sampling, prompts[0].steering or Steering()
+    plain = msgspec.structs.replace(
+        sampling, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, min_tokens=0
+    )
+    bent = sampling != plain or steering != Steering()
+    if bent or body.stream or body.stop:
+        what = "streams, stop strings, penalties, min_tokens, logit_bias and grammars"
+        raise BadField(f"use_beam_search excludes {what}", "use_beam_search")
+    if len(prompts) > 1 or n > BEAMS_MAX:
+        raise BadField(f"use_beam_search takes one prompt and n up to {BEAMS_MAX}", "n")
+    penalty = 1.0 if body.length_penalty is None else body.length_penalty
+    if not -PENALTY_MAX <= penalty <= PENALTY_MAX:
+        over = f"length_penalty must be in [-{PENALTY_MAX}, {PENALTY_MAX}], not {penalty}"
+        raise BadField(over, "length_penalty")
+    return Beaming(n, penalty)
 
 
 def _choice(ask: Ask, j: int) -> Ask:
@@ -176,7 +205,8 @@ def _ask(
         raise BadField(over, "min_tokens")
     return Ask(
         request_id="",
-        model=body.model,
+        model=card.parent or card.id,
+        adapter=card.adapter,
         tokens=tokens,
         max_tokens=max_tokens,
         sampling=controls.sampling,

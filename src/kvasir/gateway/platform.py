@@ -29,6 +29,7 @@ from kvasir.gateway.app import make_app
 from kvasir.gateway.desk import LiveDesk
 from kvasir.gateway.port import Health, Text, WorkerState
 from kvasir.gateway.serve import serve_http
+from kvasir.gateway.served import Served
 from kvasir.gateway.tokenize import TextModel
 from kvasir.measure.calibration import models_of
 from kvasir.node.build import build_requests
@@ -66,7 +67,7 @@ class Platform:
         self.requests = build_requests(deployment, GATEWAY, 1)
         limits = {"gateway": GATEWAY, "limits": deployment.limits.model_dump(mode="json")}
         self.desk = LiveDesk(
-            deployment, self.requests, self.bus, texts, self.health,
+            deployment, self.requests, self.bus, texts, Served(deployment.models), self.health,
             journal=self._journal(record, GATEWAY, "gateway", limits), observe=self.metrics.see,
         )  # fmt: skip
         self.fleet = Fleet(
@@ -152,7 +153,7 @@ async def open_platform(
 ) -> AsyncIterator[Platform]:
     """A running platform without HTTP; workers may still be starting. Ends all that it started.
 
-    Raises ModelError for a model without a tokenizer.
+    Raises ModelError for a model without a tokenizer, and for an adapter that does not fit.
     """
     texts: dict[str, Text] = {}
     for model in deployment.models:
@@ -224,8 +225,9 @@ async def _announce(platform: Platform, host: str, bound: asyncio.Future[int]) -
     _say(f"kvasir: ready in {time.monotonic() - began:.1f} s. Try:\n")
     _say(
         f"curl http://{host}:{port}/v1/chat/completions -H 'content-type: application/json' "
-        f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], '
-        f'"max_tokens": 16, "kvasir": {{"timing": true}}}}\'\n'
+        f'-d \'{{"model": "{model}", '
+        '"messages": [{"role": "user", "content": "What is Python?"}], '
+        '"max_tokens": 64, "kvasir": {"timing": true}}\'\n'
     )
 
 

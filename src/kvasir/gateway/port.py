@@ -15,13 +15,15 @@ import msgspec
 
 from kvasir.core.ids import RequestId, TenantId, WorkerId
 from kvasir.core.messages import EndReason, Logprobs, Path, Report
-from kvasir.core.request import Grammar, Sampling, Steering
+from kvasir.core.request import Adapter, Grammar, Sampling, Steering
+from kvasir.gateway.served import Served
 
 WorkerState = Literal["ready", "starting", "gone"]
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """One prompt to be continued. Token ids in, at most `max_tokens` token ids out.
+    """One prompt to be continued by `model`, under `adapter` or as it is. Token ids in, at most
+    `max_tokens` token ids out.
 
     `sampling.stop_token_ids` already holds the model's end-of-sequence ids, unless the client asked
     to ignore them. `deadline_s` counts from submission. Objectives are seconds.
@@ -39,6 +41,7 @@ class Ask(msgspec.Struct, frozen=True):
     slo_tpot_s: float | None = None
     band: int = 1
     steering: Steering | None = None
+    adapter: Adapter | None = None
 
 
 class PlacedPiece(msgspec.Struct, frozen=True):
@@ -131,7 +134,7 @@ class Text(Protocol):
 class ModelCard(msgspec.Struct, frozen=True):
     """A served model; `created` is in Unix seconds, `max_context` in tokens. `made_up`: its tokens
     come from no distribution (engine: fake), so nothing can be asked of it. `reasons`: its answers
-    may begin with <think> ... </think>."""
+    may begin with <think> ... </think>. `parent`: the model that runs under `adapter`."""
 
     id: str
     created: int
@@ -139,6 +142,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     owned_by: str = "kvasir"
     made_up: bool = False
     reasons: bool = False
+    parent: str | None = None
+    adapter: Adapter | None = None
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -158,6 +163,10 @@ class Desk(Protocol):
         """A stop string matched: end the request as `stop`; an EndPiece follows."""
 
     def models(self) -> Sequence[ModelCard]: ...
+
+    @property
+    def served(self) -> Served:
+        """What the names of models mean."""
 
     def health(self) -> Health: ...
 

@@ -66,6 +66,7 @@ class Common(msgspec.Struct):
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     use_beam_search: bool | None = None
+    length_penalty: float | None = None
 
 
 class ChatBody(Common):
@@ -83,7 +84,20 @@ class CompletionBody(Common):
     suffix: str | None = None
 
 
-Body = TypeVar("Body", ChatBody, CompletionBody)
+class LoadBody(msgspec.Struct):
+    """vLLM's; `base_model_name` where several models take adapters."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    base_model_name: str | None = None
+
+
+class UnloadBody(msgspec.Struct):
+    lora_name: str
+
+
+Body = TypeVar("Body", ChatBody, CompletionBody, LoadBody, UnloadBody)
 
 # Field -> values at which it changes nothing, so that leaving it out of the work is no lie.
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -95,7 +109,6 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "bad_words": (None, []),
     "prompt_logprobs": (None,),
     "truncate_prompt_tokens": (None,),
-    "use_beam_search": (None, False),
 }
 _CHECKED: Final = {
     shape: tuple((name, NEUTRAL[name]) for name in shape.__struct_fields__ if name in NEUTRAL)
@@ -124,6 +137,16 @@ def decode_chat(raw: bytes) -> ChatBody:
 def decode_completion(raw: bytes) -> CompletionBody:
     """Raises RequestError."""
     return _decode(_completion_decoder, raw)
+
+
+def decode_load(raw: bytes) -> LoadBody:
+    """Raises RequestError."""
+    return _decode(msgspec.json.Decoder(LoadBody), raw)
+
+
+def decode_unload(raw: bytes) -> UnloadBody:
+    """Raises RequestError."""
+    return _decode(msgspec.json.Decoder(UnloadBody), raw)
 
 
 def _decode(decoder: msgspec.json.Decoder[Body], raw: bytes) -> Body:

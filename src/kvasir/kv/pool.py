@@ -11,6 +11,9 @@ of three states:
                        held --free (key)--> cached --evict--> free
                        held <--take-- cached
 
+A block that is read without being held (copied to a tier) is pinned: as long as it is, it is not
+evicted, and its place in the order stays what it is.
+
 Held blocks of one sequence lie in contiguous runs where possible, so that attention reads views and
 a transfer is a few large copies. Blocks are released tail first, so a chain loses its tail before
 its head (vLLM v1; RadixAttention evicts leaves first).
@@ -48,6 +51,8 @@ class BlockPool:
         self._by_key: dict[BlockKey, BlockId] = {}
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest release first
         self._runs = FreeRuns(blocks_count)
+        self._pins: dict[BlockId, int] = {}
+        self.idle_pins = 0  # pinned blocks that nobody holds
         self.added: list[BlockKey] = []  # since the last `changes()`
         self.removed: list[BlockKey] = []
 
@@ -56,11 +61,16 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that `allocate` could hand out now: free ones and evictable ones."""
-        return self._runs.count + len(self._cached)
+        return self._runs.count + len(self._cached) - self.idle_pins
+
+    @property
+    def free_count(self) -> int:
+        """Blocks that hold nothing at all."""
+        return self._runs.count
 
     @property
     def held(self) -> int:
-        return self.blocks_count - self.available
+        return self.blocks_count - self.available - self.idle_pins
 
     @property
     def cached_keys(self) -> int:
@@ -79,11 +89,17 @@ class BlockPool:
 
     def missing_for(self, hits: Sequence[BlockId], blocks_needed: int) -> int:
         """How many more blocks must be available to `take(hits)` and then allocate the rest."""
-        revived = sum(1 for b in hits if not self._refs[b])
+        refs, pins = self._refs, self._pins
+        revived = sum(1 for b in hits if not refs[b] and b not in pins)
         return blocks_needed - len(hits) + revived - self.available
 
+    def find(self, key: BlockKey) -> BlockId | None:
+        return self._by_key.get(key)
+
     def in_order(self) -> Iterator[BlockId]:
-        return iter(self._cached)
+        if not self.idle_pins:
+            return iter(self._cached)
+        return (block for block in self._cached if block not in self._pins)
 
     def refs(self, block: BlockId) -> int:
         return self._refs[block]
@@ -99,6 +115,7 @@ class BlockPool:
         for block in blocks:
             if refs[block] == 0:
                 del self._cached[block]
+                self.idle_pins -= block in self._pins
             refs[block] += 1
 
     def allocate(self, count: int, after: BlockId | None = None) -> list[BlockId]:
@@ -136,11 +153,36 @@ class BlockPool:
                     loose.append(block)
                 else:
                     cached[block] = None
+                    self.idle_pins += block in self._pins
         self._runs.give(loose)
+
+    def pin(self, blocks: Sequence[BlockId]) -> None:
+        """Keep named blocks from being evicted until as many `unpin`."""
+        for block in blocks:
+            assert self._key[block] is not None, block
+            pins = self._pins.get(block, 0)
+            self._pins[block] = pins + 1
+            self.idle_pins += not pins and not self._refs[block]
+
+    def unpin(self, blocks: Sequence[BlockId]) -> None:
+        for block in blocks:
+            pins = self._pins.pop(block) - 1
+            if pins:
+                self._pins[block] = pins
+            else:
+                self.idle_pins -= not self._refs[block]
+
+    def forget(self, block: BlockId) -> None:
+        """Take the name of a held block away: its content is not what it says."""
+        assert self._refs[block] > 0, block
+        key, self._key[block] = self._key[block], None
+        if key is not None:
+            del self._by_key[key]
+            self.removed.append(key)
 
     def clear(self) -> None:
         """Forget every cached block that nobody holds."""
-        self._evict(len(self._cached))
+        self._evict(len(self._cached) - self.idle_pins)
 
     def changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """Keys (added, removed) since the last call. A key in both came and went, or went and came:
@@ -176,6 +218,7 @@ class BlockPool:
         """Every block in exactly one state; keys and refcounts agree."""
         free = self._runs.check()
         assert len(free) + len(self._cached) + self.held == self.blocks_count
+        assert self.idle_pins == sum(block in self._cached for block in self._pins)
         for block in range(self.blocks_count):
             refs, key = self._refs[block], self._key[block]
             states = (block in free) + (block in self._cached) + (refs > 0)

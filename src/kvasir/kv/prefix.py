@@ -13,7 +13,7 @@ from itertools import compress
 from typing import Final, NamedTuple
 
 from kvasir.core.ids import BlockKey, Incarnation, WorkerId
-from kvasir.core.messages import Tier
+from kvasir.core.message import Tier
 from kvasir.kv.guess import Guess, GuessedCache
 from kvasir.kv.runs import Runs
 
@@ -63,6 +63,11 @@ class PrefixIndex:
     def blocks(self) -> int:
         """Distinct blocks that somebody holds."""
         return self._runs.blocks
+
+    @property
+    def tiered(self) -> bool:
+        """Whether any block is on another tier than the device."""
+        return self._below > 0
 
     @property
     def blocks_refused(self) -> int:

@@ -3,15 +3,21 @@ messages and no time."""
 
 from __future__ import annotations
 
-from kvasir.core.ids import BlockId, Incarnation, WorkerId
+from collections.abc import Callable, Sequence
+
+from kvasir.core.ids import BlockId, BlockKey, Incarnation, WorkerId
+from kvasir.core.message import Tier
 from kvasir.core.messages import Capacity, KvEvents
 from kvasir.kv.pool import BlockPool
 from kvasir.node.work import Stage, Work
 from kvasir.policy.evict import EVICTS
 
+Used = Callable[[Work, int, int], None]
+
 
 class Blocks:
-    """One pool, and the numbered news of its cache for the conductor's index."""
+    """One pool, and the numbered news of its cache, and of those of the tiers `below`, for the
+    conductor's index. `used` hears which blocks of an attempt were filled or let go."""
 
     def __init__(
         self, capacity: Capacity, evict: str, worker: WorkerId, incarnation: Incarnation,
@@ -23,6 +29,8 @@ class Blocks:
         self._worker, self._incarnation = worker, incarnation
         self._tells = tells
         self._seq = 0
+        self.below: dict[Tier, BlockPool] = {}
+        self.used: Used | None = None
 
     def count(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
@@ -62,23 +70,46 @@ class Blocks:
         full = min(work.computed // self.size, len(work.keys))
         for i in range(work.committed, full):
             self.pool.commit(work.blocks[i], work.keys[i])
+        if self.used is not None:
+            self.used(work, work.committed, full)
         work.committed = max(work.committed, full)
 
     def free(self, work: Work) -> None:
+        if self.used is not None:
+            self.used(work, 0, work.committed)
         self.pool.free(work.blocks)
         work.blocks, work.committed = [], 0
 
-    def news(self) -> KvEvents | None:
-        """What appeared and vanished since the last call; None when nothing did, or none tells."""
-        added, removed = self.pool.changes()
-        if not self._tells or (not added and not removed):
-            return None
-        self._seq += 1
-        return KvEvents(self._worker, self._incarnation, self._seq, added, removed)
+    def news(self) -> Sequence[KvEvents]:
+        """What appeared and vanished since the last call, tier by tier; nothing if nobody tells."""
+        if not (self.pool.added or self.pool.removed or self.below):
+            return ()
+        told: list[KvEvents] = []
+        if self.pool.added or self.pool.removed:
+            self._news("device", self.pool, told)
+        for tier, pool in self.below.items():
+            if pool.added or pool.removed:
+                self._news(tier, pool, told)
+        return told
 
-    def everything(self) -> KvEvents:
+    def _news(self, tier: Tier, pool: BlockPool, told: list[KvEvents]) -> None:
+        added, removed = pool.changes()
+        if self._tells and (added or removed):
+            told.append(self._event(added, removed, tier=tier))
+
+    def everything(self) -> list[KvEvents]:
         """All keys anew, for an index that lost count."""
-        self.pool.changes()
+        for pool in (self.pool, *self.below.values()):
+            pool.changes()
+        told = [self._event(tuple(self.pool.all_keys()), (), reset=True)]
+        return told + [
+            self._event(tuple(pool.all_keys()), (), tier=tier)
+            for tier, pool in self.below.items() if pool.cached_keys
+        ]  # fmt: skip
+
+    def _event(
+        self, added: tuple[BlockKey, ...], removed: tuple[BlockKey, ...], *, tier: Tier = "device",
+        reset: bool = False,
+    ) -> KvEvents:  # fmt: skip
         self._seq += 1
-        keys = tuple(self.pool.all_keys())
-        return KvEvents(self._worker, self._incarnation, self._seq, keys, (), reset=True)
+        return KvEvents(self._worker, self._incarnation, self._seq, added, removed, reset, tier)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from kvasir.core.errors import ConfigError
 from kvasir.core.ids import Incarnation, NodeId, WorkerId
+from kvasir.core.message import Tier
 from kvasir.core.messages import Capacity, Location
-from kvasir.core.specs import Deployment
-from kvasir.cost.pools import capacity_of
+from kvasir.core.specs import Deployment, PoolSpec
+from kvasir.core.specs.tiers import HostTier
+from kvasir.cost.pools import capacity_of, step_model
+from kvasir.cost.step import StepModel
 from kvasir.node.config import WorkerConfig
 from kvasir.node.request import Requests
+from kvasir.policy.speculate import Drafting
+from kvasir.policy.tiers import PrefillCost, TierRule, TierRules
+
+COST_TOKENS = (512, 2048)  # prompts at which a model of steps is asked
+COST_CONTEXT = 4096
 
 
 def worker_config(
@@ -19,16 +28,19 @@ def worker_config(
     fingerprint: str = "",
     capacity: Capacity | None = None,
 ) -> WorkerConfig:
-    """`capacity` replaces the computed one when an engine has measured its own."""
+    """`capacity` replaces the computed one when an engine has measured its own. Raises ConfigError
+    for a tier without room for a block."""
     pool = deployment.pool_of(worker)
+    capacity = capacity or capacity_of(deployment, pool)
     limits, batch = deployment.limits, deployment.policy.batch
+    guess = deployment.model_of(pool).speculate
     return WorkerConfig(
         worker=worker,
         incarnation=incarnation,
         roles=(pool.role,),
         model=deployment.model_of(pool).name,
         fingerprint=fingerprint,
-        capacity=capacity or capacity_of(deployment, pool),
+        capacity=capacity,
         location=location,
         pool=pool.name,
         kv_events=pool.kv_events,
@@ -43,7 +55,46 @@ def worker_config(
         prompt_wait_s=limits.prompt_wait_s,
         kv_wait_s=limits.kv_wait_s,
         lease_s=limits.lease_s,
+        speculate=Drafting(guess.tokens, guess.rows_max) if guess is not None else None,
+        tiers=_tier_rules(deployment, pool, capacity),
     )
+
+
+def _tier_rules(deployment: Deployment, pool: PoolSpec, capacity: Capacity) -> TierRules | None:
+    if pool.tiers is None:
+        return None
+    hardware = deployment.hardware_of(pool)
+    share = hardware.bandwidth_efficiency * pool.gpus
+    sheet: tuple[tuple[Tier, HostTier | None, float], ...] = (
+        ("host", pool.tiers.host, hardware.host_bandwidth * share),
+        ("disk", pool.tiers.disk, hardware.disk_bandwidth * share),
+    )
+    block_bytes = capacity.block_size * capacity.kv_token_bytes
+    rules = []
+    for tier, spec, bytes_per_s in sheet:
+        if spec is None:
+            continue
+        blocks = spec.blocks_of(block_bytes)
+        if not blocks:
+            where = f"pools.{pool.name}.tiers.{tier}"
+            raise ConfigError(f"{spec.bytes} bytes hold no block of {block_bytes}", where=where)
+        rate = spec.bytes_per_s or bytes_per_s
+        rules.append(TierRule(tier, blocks, rate, spec.evict, spec.write))
+    cost = _prefill_cost(step_model(deployment, pool))
+    always = pool.tiers.load == "always"
+    return TierRules(tuple(rules), cost, always, pool.tiers.wait_s) if rules else None
+
+
+def _prefill_cost(model: StepModel) -> PrefillCost:
+    """A model of steps as a line in tokens and one in their context, through three points."""
+    few, many = COST_TOKENS
+    short_s, long_s = model.batch(((few, 0),)), model.batch(((many, 0),))
+    deep_s = model.batch(((few, COST_CONTEXT),))
+    context_s = max(0.0, deep_s - short_s) / (few * COST_CONTEXT)
+    pairs = (many * many - few * few) / 2
+    token_s = max(0.0, long_s - short_s - context_s * pairs) / (many - few)
+    overhead_s = max(0.0, short_s - token_s * few - context_s * few * few / 2)
+    return PrefillCost(overhead_s, token_s, context_s)
 
 
 

@@ -23,6 +23,7 @@ from kvasir.core.events import (
     WorkerLeft,
 )  # fmt: skip
 from kvasir.core.ids import NodeId, RequestId, WorkerId
+from kvasir.core.message import Message
 from kvasir.core.messages import (
     Abort,
     Accepted,
@@ -39,7 +40,6 @@ from kvasir.core.messages import (
     KvResync,
     Load,
     Lost,
-    Message,
     NetReading,
     Placed,
     PrefillDone,
@@ -249,7 +249,7 @@ class Conductor:
 
     def _place(self, p: Placement) -> bool:
         """Decide where an attempt runs and dispatch it. False: no room now."""
-        p.hits = self.index.match(p.request.keys)
+        self._match(p)
         able = self.able(p, "decode")
         decoders = self._with_room(p, able)
         stay = stays(self._window(p, "decode", decoders)) if decoders else None
@@ -261,6 +261,8 @@ class Conductor:
         window = self._window(p, "prefill", prefillers, decoders=decoders)
         choice, memory = self.route(window, self._memory)
         p.fetch_from, p.fetch_blocks = choice.fetch_from, choice.fetch_blocks
+        if self.index.tiered:  # a peer lends what its device has
+            p.fetch_blocks = min(p.fetch_blocks, p.resident.get(p.fetch_from, 0))
         prefiller = self.members[choice.worker]
         if choice.decode not in ("", choice.worker):  # the policy named both
             self._memory = memory
@@ -281,6 +283,13 @@ class Conductor:
         target = target._replace(decode=target.worker)
         return self._dispatch_pair(p, prefiller, target, f"{choice.why}; {target.why}")
 
+    def _match(self, p: Placement) -> None:
+        """What each worker has of the prompt: at any tier, and where it can be used as it is."""
+        p.hits = p.resident = self.index.match(p.request.keys)
+        if self.index.tiered:
+            tiers = self.index.tiers(p.request.keys)
+            p.resident = {worker: hits.device for worker, hits in tiers.items()}
+
     def _place_without_a_role(self, p: Placement) -> bool:
         """All prefill or all decode workers are gone: any worker of the model runs both phases."""
         anyone = self._could_hold(p, p.request.total_tokens_max)
@@ -296,7 +305,7 @@ class Conductor:
         source = self.members.get(p.prefill)
         if not decoders or source is None:
             return False
-        p.hits = self.index.match(p.request.keys)
+        self._match(p)
         window = self._window(p, "decode", decoders, source)
         choice, self._memory = self.route(window, self._memory)
         p.transfer_s = choice.estimate_s
@@ -334,7 +343,7 @@ class Conductor:
         """NetKV's feasibility: free KV, less what is reserved, holds the request and a reserve. A
         pool that is smaller than the request at its longest never does."""
         most = -(-p.request.total_tokens_max // self.deployment.block_size)
-        blocks, hits = self._blocks(p), p.hits
+        blocks, hits = self._blocks(p), p.resident
         return [
             m
             for m in members
@@ -357,7 +366,7 @@ class Conductor:
         p.path, p.decode = "aggregated", m.id
         p.prefill, p.shipped = m.id, True
         self._placed(p)
-        self._hold(p, m, self._blocks(p) - p.hits.get(m.id, 0), prefills=True, decodes=True)
+        self._hold(p, m, self._blocks(p) - p.resident.get(m.id, 0), prefills=True, decodes=True)
         self._dispatch(p, m, "both")
         self._tell_placed(p, why)
         return True
@@ -372,7 +381,7 @@ class Conductor:
         p.prefill, p.decode = m.id, decode
         self._placed(p)
         size = self.deployment.block_size
-        blocks = -(-p.input_tokens // size) - p.hits.get(m.id, 0)
+        blocks = -(-p.input_tokens // size) - p.resident.get(m.id, 0)
         self._hold(p, m, blocks, prefills=True)
         self._dispatch(p, m, "prefill")
         self._tell_placed(p, why)
@@ -380,7 +389,7 @@ class Conductor:
     def _dispatch_decode(self, p: Placement, m: Member) -> None:
         if p.state is State.CHOOSING:
             p.state = State.DECODE
-        self._hold(p, m, self._blocks(p) - p.hits.get(m.id, 0), decodes=True)
+        self._hold(p, m, self._blocks(p) - p.resident.get(m.id, 0), decodes=True)
         nbytes = self._window(p, "decode", [m]).transfer_bytes(m.id)
         self.oracle.begin(p.transfer_id, p.prefill, m.id, nbytes, self._now)
         self._dispatch(p, m, "decode")
@@ -429,7 +438,7 @@ class Conductor:
         self._note(
             Routed(
                 p.id, p.attempt, p.path, p.prefill, p.decode, why, p.prefill_hit,
-                p.hits.get(p.decode, 0), p.transfer_s,
+                p.resident.get(p.decode, 0), p.transfer_s,
             )
         )  # fmt: skip
 
@@ -450,8 +459,13 @@ class Conductor:
         if member is not None and event.reason == "draining":
             member.draining = True
         placement = self._current(event.request_id, event.attempt)
-        if placement is not None and placement.needs(event.worker):
-            self._lose(placement, f"{event.worker}: {event.reason}")
+        if placement is None or not placement.needs(event.worker):
+            return
+        reason = f"{event.worker}: {event.reason}"
+        if event.status:
+            self._decline(placement, event.status, reason)
+        else:
+            self._lose(placement, reason)
 
     def _on_prefill_done(self, event: PrefillDone) -> None:
         member = self.members.get(event.worker)

@@ -7,6 +7,8 @@ import msgspec
 from kvasir.core.ids import CONDUCTOR, NodeId, WorkerId
 from kvasir.core.messages import Capacity, Location
 from kvasir.core.specs.deployment import TransferMode
+from kvasir.policy.speculate import Drafting
+from kvasir.policy.tiers import TierRules
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -33,3 +35,5 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     prompt_wait_s: float = 10.0
     kv_wait_s: float = 120.0
     lease_s: float = 120.0
+    speculate: Drafting | None = None
+    tiers: TierRules | None = None

@@ -31,9 +31,8 @@ class Placement:
 
     __slots__ = (
         "attempt", "decode", "emitted", "fetch_blocks", "fetch_from", "finished", "hits", "path",
-        "placed_at",
-        "prefill", "prefill_hit", "prefilled_at", "queued_at", "request", "shipped", "state",
-        "transfer_s",
+        "placed_at", "prefill", "prefill_hit", "prefilled_at", "queued_at", "request", "resident",
+        "shipped", "state", "transfer_s",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, now: float) -> None:
@@ -44,7 +43,8 @@ class Placement:
         self.path: Path = "disaggregated"
         self.prefill: WorkerId = ""
         self.decode: WorkerId = ""
-        self.hits: dict[WorkerId, int] = {}
+        self.hits: dict[WorkerId, int] = {}  # leading blocks that each worker has, at any tier
+        self.resident: dict[WorkerId, int] = {}  # those on its device
         self.prefill_hit = 0
         self.fetch_from: WorkerId = ""
         self.fetch_blocks = 0  # leading blocks that come from there
@@ -149,7 +149,8 @@ class RouteWindow:
 
     @property
     def hits(self) -> dict[WorkerId, int]:
-        return self._placement.hits
+        """Who prefills can load what a tier has; who decodes has what is on its device."""
+        return self._placement.hits if self.stage == "prefill" else self._placement.resident
 
     def blocks_cached(self, worker: WorkerId) -> int:
         return self._ground.prefixes.blocks_of(worker)
@@ -159,7 +160,7 @@ class RouteWindow:
         not hold."""
         if blocks is None:
             whole = -(-self._placement.input_tokens // self.block_size)
-            blocks = whole - self._placement.hits.get(target, 0)
+            blocks = whole - self._placement.resident.get(target, 0)
         token_bytes = self._ground.members[target].hello.capacity.kv_token_bytes
         return max(blocks, 0) * self.block_size * token_bytes
 

@@ -8,9 +8,10 @@ conductor's choice) or how bytes travel.
 
 from __future__ import annotations
 
-from kvasir.core.effects import AnyEffect, Fetch, Release, Send, Tell
+from kvasir.core.effects import AnyEffect, Fetch, Note, Release, Send, Tell
+from kvasir.core.events import Shipped, TransferFailed
 from kvasir.core.ids import BlockId, RequestId, prefix_id
-from kvasir.core.messages import KvGone, KvWant, Received, SendOver
+from kvasir.core.messages import KvGone, KvWant, Received, SendOver, TransferReport
 from kvasir.node.blocks import Blocks
 from kvasir.node.config import WorkerConfig
 from kvasir.node.work import Work
@@ -49,17 +50,22 @@ class Prefixes:
         want = KvWant(name, work.attempt, self._config.worker, len(hits), keys=keys)
         return [fetch, Tell(d.prefix_from, want)]
 
-    def received(self, event: Received) -> Work | None:
-        """The attempt whose fetch is over; what came is in the cache, and held by nobody."""
-        work = self.wanted.pop((event.request_id, event.attempt), None)
-        if work is None:
-            return None
+    def received(self, event: Received) -> list[AnyEffect]:
+        """A wanted attempt's fetch is over; what came is in the cache, and held by nobody."""
+        work = self.wanted.pop((event.request_id, event.attempt))
         work.inbound = False
         if event.ok:
             for block, key in zip(work.blocks, work.keys, strict=False):
                 self._blocks.pool.commit(block, key)
         self._blocks.free(work)
-        return work
+        c, source, name = self._config, work.dispatch.prefix_from, event.request_id
+        release = Release(name, event.attempt)
+        if not event.ok:
+            return [release, Note(TransferFailed(name, c.worker, event.reason))]
+        measured = (event.bytes, event.seconds, event.transport)
+        report = TransferReport(name, event.attempt, source, c.worker, *measured)
+        shipped = Shipped(name, source, c.worker, *measured)
+        return [release, Tell(c.conductor, report), Note(shipped)]
 
     def cancel(self, work: Work) -> list[AnyEffect]:
         """Do not wait any longer: the transport answers with `Received`."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 from kvasir.core.effects import AnyEffect, Note, Refuse, Reply, Tell, Timer
 from kvasir.core.events import Closed, Recomputed
 from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.message import Message
 from kvasir.core.messages import (
     Active,
     Alarm,
@@ -26,7 +27,6 @@ from kvasir.core.messages import (
     GatewayBeat,
     Hangup,
     Lost,
-    Message,
     Placed,
     Prompt,
     Report,

@@ -2,6 +2,7 @@
 
     prompt --tokens came--> queue --admitted--> run --prefill over--> hold --shipped--> gone
        |'-prefix of a peer--> prefix --came, or not--> queue
+       |                                         '-blocks of a tier--> tier --came, or not--> run
        |                                         |---last token----------------------> gone
        '-decode phase: room --blocks--> kv --received--> run
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 from enum import IntEnum
 
 from kvasir.core.ids import BlockId, BlockKey, StepId, WorkerId
-from kvasir.core.messages import Dispatch, PrefillReport
+from kvasir.core.messages import Dispatch, PrefillReport, Report, RowDone
+from kvasir.policy import speculate
 
 
 class Stage(IntEnum):
@@ -25,6 +27,7 @@ class Stage(IntEnum):
     ROOM = 4  # decode: waits for blocks
     KV = 5  # decode: waits for its KV
     PREFIX = 6  # waits for a peer's cached blocks
+    TIER = 7  # admitted; waits for blocks of a tier
 
 
 class Work:
@@ -36,12 +39,11 @@ class Work:
     """
 
     __slots__ = (
-        "blocks", "cached", "committed", "computed", "computed_here", "covered_to", "dead",
-        "dispatch", "dispatched_at", "ends_at", "first_block", "first_step_s", "fresh",
-        "has_prompt", "id",
-        "in_step", "inbound", "keys", "known", "lease_until", "out", "outbound", "preemptions",
-        "prefill", "prefilled_at", "queue_s", "ready_at", "received", "recomputed", "released",
-        "sent", "seq",
+        "accepted", "accepted_share", "blocks", "cached", "committed", "computed", "computed_here",
+        "covered_to", "dead", "dispatch", "dispatched_at", "draft", "drafted", "drafted_at",
+        "ends_at", "first_block", "first_step_s", "fresh", "has_prompt", "id", "in_step", "inbound",
+        "keys", "known", "lease_until", "lost", "out", "outbound", "preemptions", "prefill",
+        "prefilled_at", "queue_s", "ready_at", "received", "recomputed", "released", "sent", "seq",
         "stage", "started_at", "table_fresh", "tabled", "target", "tick", "transfer", "want",
     )  # fmt: skip
 
@@ -81,7 +83,12 @@ class Work:
         self.ready_at = now
         self.queue_s = 0.0
         self.first_step_s = 0.0
+        self.draft = 0  # tokens that it may guess in each iteration of the next step
+        self.drafted = self.accepted = 0  # tokens that it guessed, and how many were right
+        self.accepted_share = speculate.START  # of late
+        self.drafted_at = 0  # output index when it guessed last
         self.preemptions = 0
+        self.lost = 0  # tokens whose KV it had when it was preempted, until it goes on
         self.recomputed = 0
         self.prefill: PrefillReport | None = None
         self.transfer: tuple[float, int, str] = (0.0, 0, "")
@@ -119,3 +126,31 @@ class Work:
     def busy(self) -> bool:
         """Something still reads or writes its blocks."""
         return self.in_step is not None or self.inbound or self.outbound
+
+    @property
+    def guesses(self) -> bool:
+        """Whether tokens may be guessed for it now: it decodes here, and has tokens left to draw
+        after the next one."""
+        decodes = self.known - self.computed == 1 and self.prefill is not None
+        return decodes and self.output_left > 1
+
+    def guessed(self, done: RowDone) -> None:
+        """What came of the guesses of a step, which it was allowed to make."""
+        self.drafted_at = self.out
+        if done.drafted:
+            self.drafted += done.drafted
+            self.accepted += done.accepted
+            self.accepted_share = speculate.share_accepted(
+                self.accepted_share, done.drafted, done.accepted
+            )
+
+    def report(self, worker: WorkerId) -> Report:
+        """How the attempt's time and bytes were spent, at its end on `worker`."""
+        seconds, nbytes, transport = self.transfer
+        return Report(
+            prefill=self.prefill or PrefillReport(self.dispatch.source, 0.0, 0.0, 0, 0),
+            decode_worker=worker, transfer_s=seconds, transfer_bytes=nbytes, transport=transport,
+            decode_queue_s=self.queue_s if self.phase == "decode" else 0.0,
+            first_step_s=self.first_step_s, preemptions=self.preemptions,
+            recomputed_tokens=self.recomputed,
+        )  # fmt: skip

@@ -31,7 +31,13 @@ from kvasir.core.events import (
     Rejected,
     Retried,
     Shipped,
+    Speculated,
+    TierHit,
+    TierOff,
+    TierPassed,
+    TierStored,
     TransferFailed,
+    TransportFellBack,
     WorkerJoined,
     WorkerLeft,
 )
@@ -172,9 +178,24 @@ class Metrics(Collector):
         self._failed = Counter(
             "kvasir_kv_transfer_failures", "KV transfers that went wrong.", ("reason",)
         )
+        self._fell_back = Counter(
+            "kvasir_transport_fallbacks", "Changes to a second transport.", ("wanted", "used")
+        )
         self._recomputed = Counter(
             "kvasir_kv_recomputed_tokens", "Tokens whose KV was made again.", ("reason",)
         )
+        self._drafted = Counter("kvasir_draft_tokens", "Tokens that were guessed, and verified.")
+        self._accepted = Counter("kvasir_draft_tokens_accepted", "Guessed tokens that were right.")
+        self._tier_hits = Counter(
+            "kvasir_tier_loaded_tokens", "Tokens whose KV came out of a tier.", ("tier",)
+        )
+        self._tier_bytes = Counter(
+            "kvasir_tier_bytes", "KV bytes copied to and from tiers.", ("tier", "way")
+        )
+        self._tier_passed = Counter(
+            "kvasir_tier_passed_tokens", "Tokens that a tier held and that were computed.", ("why",)
+        )
+        self._tiers_off = Counter("kvasir_tier_failures", "Tiers that failed.", ("tier",))
         self._transfer = Histogram("kvasir_kv_transfer_seconds", "Time of one KV transfer.")
         self._queue = Histogram("kvasir_prefill_queue_seconds", "Wait before prefill.")
         self._prefill = Histogram("kvasir_prefill_seconds", "Time of prefill itself.")
@@ -229,10 +250,24 @@ class Metrics(Collector):
                 self._transfer.of().observe(event.seconds)
             case TransferFailed():
                 self._failed.add(1, event.reason)
+            case TransportFellBack():
+                self._fell_back.add(1, event.wanted, event.used)
             case Recomputed():
                 self._recomputed.add(event.tokens, event.reason)
             case Preempted():
                 self._preemptions.add(1)
+            case Speculated():
+                self._drafted.add(event.drafted)
+                self._accepted.add(event.accepted)
+            case TierHit():
+                self._tier_hits.add(event.tokens, event.tier)
+                self._tier_bytes.add(event.bytes, event.tier, "from")
+            case TierStored():
+                self._tier_bytes.add(event.bytes, event.tier, "to")
+            case TierPassed():
+                self._tier_passed.add(event.tokens, event.why)
+            case TierOff():
+                self._tiers_off.add(1, event.tier)
             case Retried():
                 self._retries.add(1, event.reason)
             case Rejected():
@@ -284,7 +319,8 @@ class Metrics(Collector):
         counters = (
             self._requests, self._rejected, self._retries, self._preemptions, self._prompt,
             self._output, self._queries, self._hits, self._attainable, self._computed, self._bytes,
-            self._failed, self._recomputed,
+            self._failed, self._fell_back, self._recomputed, self._drafted, self._accepted,
+            self._tier_hits, self._tier_bytes, self._tier_passed, self._tiers_off,
         )  # fmt: skip
         for counter in counters:
             yield counter.family()

@@ -23,7 +23,8 @@ LOW_LEAST: Final = 16
 
 class WorkView(Protocol):
     """One sequence. `known` tokens exist (input and generated), KV of `computed` of them stands in
-    `blocks_held` blocks. `output_left` tokens may still be drawn. `keys` name its full blocks."""
+    `blocks_held` blocks. `output_left` tokens may still be drawn. `keys` name its full blocks. One
+    that decodes may guess `draft` tokens in each iteration."""
 
     @property
     def computed(self) -> int: ...
@@ -35,6 +36,8 @@ class WorkView(Protocol):
     def output_left(self) -> int: ...
     @property
     def keys(self) -> Sequence[BlockKey]: ...
+    @property
+    def draft(self) -> int: ...
 
 
 class DecodingView(Protocol):
@@ -88,7 +91,8 @@ class Batch(NamedTuple):
     """`counts[i]` new tokens for the i-th running sequence (0: it sits this step out; None: one
     for each); `admitted[j]` for the j-th waiting one, or for the one at index `order[j]` where an
     order is given. `preempted` are indices into running. An empty batch with nothing preempted
-    means that nothing can run.
+    means that nothing can run. The i-th running sequence guesses `drafts[i]` tokens an iteration
+    beyond its own one; no drafts: nobody does.
 
     At most `steps` iterations: as many as everyone has blocks for, once those that decode with
     blocks for fewer than `low` iterations were given blocks for `reserve`, or to their end.
@@ -101,6 +105,24 @@ class Batch(NamedTuple):
     order: tuple[int, ...] = ()
     low: int = 0
     reserve: int = 0
+    drafts: tuple[int, ...] = ()
+
+
+class Share(NamedTuple):
+    """What running sequences get, and what is left. `drafts` as in `Batch`."""
+
+    counts: list[int]
+    drafts: list[int]
+    preempted: list[int]
+    blocks: int
+    budget: int
+
+
+def reach(work: WorkView, count: int, draft: int, iterations: int) -> int:
+    """Positions that a sequence can have computed after so many iterations, the first of `count`
+    tokens and each with `draft` guesses: what it needs blocks for."""
+    drawn = min(iterations * (1 + draft), max(1, work.output_left))
+    return work.computed + count - 1 + drawn
 
 
 def token_budget(view: BatchView) -> Batch:
@@ -149,15 +171,19 @@ def _fill(view: BatchView, order: tuple[int, ...], places: int | None = None) ->
     batch = _decode(view, everyone, order) if everyone is not None else None
     if batch is not None:
         return batch
-    counts, preempted, blocks, budget = _run(view)
-    decoding = [w for w, c in zip(view.running, counts, strict=True) if c]
-    plain = all(w.known - w.computed == 1 and w.output_left > 0 for w in decoding)
+    counts, drafts, preempted, blocks, budget = _run(view)
+    rows = zip(view.running, counts, drafts, strict=True)
+    decoding = [(work, draft) for work, count, draft in rows if count]
+    plain = all(w.known - w.computed == 1 and w.output_left > 0 for w, _ in decoding)
     room = view.batch_max - (len(decoding) if places is None else places)
     admitted = () if preempted else _admit(view, budget, blocks, room, order)
     steps = 1
     if plain and decoding and not admitted:
         steps = _steps(view, decoding, blocks)
-    return Batch(tuple(counts), admitted, tuple(preempted), steps, order[: len(admitted)])
+    return Batch(
+        tuple(counts), admitted, tuple(preempted), steps, order[: len(admitted)],
+        drafts=tuple(drafts) if any(drafts) else (),
+    )  # fmt: skip
 
 
 def _decode(view: BatchView, decoding: DecodingView, order: tuple[int, ...]) -> Batch | None:
@@ -192,12 +218,12 @@ def _missing(view: BatchView, works: Sequence[WorkView], iterations: int) -> int
     return missing
 
 
-def _run(view: BatchView) -> tuple[list[int], list[int], int, int]:
+def _run(view: BatchView) -> Share:
     """Counts for running sequences, at most `batch_max` of them; the youngest are preempted until
-    the older ones fit."""
+    the older ones fit. Guesses take what is left, and preempt nobody."""
     running, size = view.running, view.block_size
     budget, blocks = view.batch_tokens_max, view.blocks_available
-    counts = [0] * len(running)
+    counts, drafts = [0] * len(running), [0] * len(running)
     preempted: list[int] = []
     last = len(running)
     i = 0
@@ -218,7 +244,16 @@ def _run(view: BatchView) -> tuple[list[int], list[int], int, int]:
         budget -= count
         blocks -= max(need, 0)
         i += 1
-    return counts, preempted, blocks, budget
+    for i in range(last):
+        work, draft = running[i], min(running[i].draft, budget)
+        if counts[i] and draft:
+            held = max(work.blocks_held, -(-reach(work, counts[i], 0, 1) // size))
+            need = max(0, -(-reach(work, counts[i], draft, 1) // size) - held)
+            if need <= blocks:
+                drafts[i] = draft
+                budget -= draft
+                blocks -= need
+    return Share(counts, drafts, preempted, blocks, budget)
 
 
 def _admit(
@@ -239,18 +274,19 @@ def _admit(
     return tuple(admitted)
 
 
-def _steps(view: BatchView, decoding: Sequence[WorkView], blocks: int) -> int:
+def _steps(view: BatchView, decoding: Sequence[tuple[WorkView, int]], blocks: int) -> int:
     """Iterations that need nobody's attention, with every block they can need at hand.
 
-    `blocks` is what is left after the first iteration.
+    `decoding`: sequences and their guesses. `blocks` is what is left after the first iteration.
     """
-    steps = min(view.steps_max, *(w.output_left for w in decoding))
+    steps = min(view.steps_max, *(work.output_left for work, _ in decoding))
     size = view.block_size
-    after = [max(w.blocks_held, -(-(w.computed + 1) // size)) for w in decoding]
+    after = [max(w.blocks_held, -(-reach(w, 1, draft, 1) // size)) for w, draft in decoding]
     while steps > 1:
         more = sum(
-            max(0, -(-(w.computed + steps) // size) - held) for w, held in zip(decoding, after,
-        strict=True) )
+            max(0, -(-reach(work, 1, draft, steps) // size) - held)
+            for (work, draft), held in zip(decoding, after, strict=True)
+        )
         if more <= blocks:
             break
         steps //= 2

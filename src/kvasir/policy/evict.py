@@ -1,4 +1,9 @@
-"""Which cached blocks go first when a worker needs room. Knows the order of release, no bytes."""
+"""Which cached blocks go first when room is needed: on the device by the order of their release, in
+a tier by a rank that each use raises. Knows how blocks were used; no bytes, no keys.
+
+Each rank of a block is at least that of the block after it in a prompt, as whoever uses a block
+uses those before it. So a chain loses its tail first, whatever the rule.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from typing import Final
 
 from kvasir.core.ids import BlockId
 from kvasir.kv.pool import EvictView, Victims
+from kvasir.kv.tiers import Rank, RankOf, Use
 
 
 def lru(view: EvictView, count: int) -> list[BlockId]:
@@ -15,3 +21,29 @@ def lru(view: EvictView, count: int) -> list[BlockId]:
 
 
 EVICTS: Final[dict[str, Victims]] = {"lru": lru}
+
+
+def least_recent(use: Use) -> Rank:
+    return (use.tick, -use.depth)
+
+
+def least_frequent(use: Use) -> Rank:
+    return (use.uses, use.tick, -use.depth)
+
+
+def longest_first(use: Use) -> Rank:
+    """As `least_frequent`, and of equally frequent blocks those that stand later in their prompts
+    (Mooncake's LengthAwareCache, arXiv 2407.00079)."""
+    return (use.uses, -use.depth, use.tick)
+
+
+def least_saved(use: Use) -> Rank:
+    """GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, HPL-98-69): what a
+    block saves when it is used, in seconds of computing, times how often it is, on top of the rank
+    that was evicted last. All blocks have the same bytes, so seconds stand for seconds a byte."""
+    return (use.floor + use.uses * use.seconds, -use.depth)
+
+
+RANKS: Final[dict[str, RankOf]] = {
+    "lru": least_recent, "lfu": least_frequent, "length": longest_first, "cost": least_saved,
+}  # fmt: skip

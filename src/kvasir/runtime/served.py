@@ -46,7 +46,7 @@ def _steps(path: Path) -> list[Sample]:
             )
         event, now = turn.entry.event, turn.entry.now
         if isinstance(event, StepDone) and batch.step is not None:
-            rows = batch.middle(event.steps_done)
+            rows = batch.middle(event)
             found.append(Sample(rows, (now - began) / max(1, event.steps_done)))
             batch.over(event)
         for effect in turn.effects:
@@ -79,10 +79,17 @@ class Batch:
         self.step = step
         self._rows = [*((row.count, row.start) for row in step.rows), *carried]
 
-    def middle(self, steps_done: int) -> tuple[Row, ...]:
-        """The batch in the middle of a run of `steps_done` iterations."""
-        ahead = max(0, steps_done - 1) // 2
-        return tuple((new, before + ahead) for new, before in self._rows)
+    def middle(self, done: StepDone) -> tuple[Row, ...]:
+        """The batch in the middle of the run of iterations; a row that guesses has as many tokens
+        as it computed in the mean iteration."""
+        assert self.step is not None
+        ahead = max(0, done.steps_done - 1) // 2
+        rows = [(new, before + ahead) for new, before in self._rows]
+        for i, (row, one) in enumerate(zip(self.step.rows, done.rows, strict=False)):
+            if row.draft and done.steps_done:
+                guesses = round(one.drafted / done.steps_done)
+                rows[i] = (1 + guesses, row.start + one.sampled // 2)
+        return tuple(rows)
 
     def over(self, done: StepDone) -> None:
         assert self.step is not None

@@ -22,7 +22,8 @@ from kvasir.node.build import worker_config
 from kvasir.node.config import WorkerConfig
 from kvasir.node.worker import Worker
 from kvasir.runtime.plan import UNUSABLE, StartFile, address
-from kvasir.runtime.runners import make_runner
+from kvasir.runtime.runners import make_runner, shelves_of
+from kvasir.transfer.arena import arena_for
 from kvasir.world.journal import Journal
 from kvasir.world.live.host import Bus
 from kvasir.world.live.wire import Wire
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> int:
 async def _serve(start: StartFile) -> int:
     deployment = start.parsed()
     pool = deployment.pool_of(start.worker)
-    runner = make_runner(deployment, pool)
+    arena = arena_for(deployment.transport.kind)
+    runner = make_runner(deployment, pool, arena.take if arena is not None else None)
     config = _config(deployment, pool, start, runner)
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -62,6 +64,7 @@ async def _serve(start: StartFile) -> int:
     worker = LiveWorker(
         Worker(config), runner, bus, deployment.transport, start.run_dir, kv_host=kv_host,
         journal=_journal(start, config, deployment.seed), on_failure=fail, observer=CONDUCTOR,
+        shelves=shelves_of(deployment, config, runner.spec), arena=arena,
     )  # fmt: skip
     bus.wire = Wire(
         address(start.run_dir, start.worker, endpoints), bus.deliver,

@@ -1,7 +1,8 @@
 """Synthetic arrivals from a `WorkloadSpec` and a seed: the same pair always gives the same trace.
 
 Everything is drawn through `Random.random()`, whose sequence Python keeps from version to version;
-times, lengths, prefixes and turns have a stream each, so that changing one leaves the others.
+times, lengths, prefixes, adapters and turns have a stream each, so that changing one leaves the
+others.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ class _Draws:
         self.inputs = _lengths(spec.input, Random(f"{seed}:input"))
         self.outputs = _lengths(spec.output, Random(f"{seed}:output"))
         self.prefixes = Prefixes(spec, block_size, Random(f"{seed}:prefix"))
+        self.adapters = _adapters(spec, Random(f"{seed}:adapter"))
 
 
 def _singles(spec: WorkloadSpec, drawn: _Draws) -> Iterator[Arrival]:
     for at_s in drawn.times:
         tokens, wanted = next(drawn.inputs), next(drawn.outputs)
-        yield Arrival(at_s, tokens, wanted, drawn.prefixes.ids(tokens))
+        ids = drawn.prefixes.ids(tokens)
+        yield Arrival(at_s, tokens, wanted, ids, adapter=next(drawn.adapters))
 
 
 def _sessions(spec: WorkloadSpec, drawn: _Draws, seed: int) -> Iterator[Arrival]:
@@ -79,17 +82,23 @@ def _turns(
 ) -> Iterator[Arrival]:
     """Their number is geometric. Full blocks of a prompt start the next one; the answer and the new
     tokens follow."""
-    tokens = next(drawn.inputs)
+    tokens, adapter = next(drawn.inputs), next(drawn.adapters)
     ids = drawn.prefixes.ids(tokens)
     while True:
         wanted = next(drawn.outputs)
-        yield Arrival(at_s, tokens, wanted, ids, session)
+        yield Arrival(at_s, tokens, wanted, ids, session, adapter)
         more = tokens + wanted + next(drawn.inputs)
         if random.random() < 1 / spec.turns or more > spec.context_max:
             return
         at_s += spec.think_s * _exponential(random)
         ids = drawn.prefixes.extended(ids, tokens, more)
         tokens = more
+
+
+def _adapters(spec: WorkloadSpec, random: Random) -> Iterator[str | None]:
+    while True:
+        drawn = int(random.random() * spec.adapters)
+        yield f"adapter-{drawn}" if spec.adapters else None
 
 
 class Prefixes:

@@ -2,9 +2,9 @@
 
     {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [...], "session_id": "..."}
 
-`hash_ids` and `session_id` may be missing; other fields are passed over. A file does not say how
-many tokens a block has, but its rows leave little choice: `len(hash_ids)` is
-ceil(input_length / size).
+`hash_ids` and `session_id` may be missing, `adapter` (a LoRA adapter's name; ours) may be there;
+other fields are passed over. A file does not say how many tokens a block has, but its rows leave
+little choice: `len(hash_ids)` is ceil(input_length / size).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class MooncakeRow(msgspec.Struct, gc=False, omit_defaults=True):
     output_length: Count
     hash_ids: tuple[Count, ...] | None = None
     session_id: str | None = None
+    adapter: str | None = None
 
 
 class BlockSize:
@@ -85,8 +86,9 @@ def mooncake(rows: Iterable[Line], name: str, size: BlockSize) -> Iterator[Arriv
             what = f"{len(ids)} hash_ids, but input_length {row.input_length} {wanted}"
             raise broken(what, name, number)
         yield Arrival(
-            row.timestamp / 1e3, row.input_length, row.output_length, ids or (), row.session_id
-        )
+            row.timestamp / 1e3, row.input_length, row.output_length, ids or (), row.session_id,
+            row.adapter,
+        )  # fmt: skip
 
 
 def decoded(decode: Callable[[bytes], T], data: bytes, name: str, number: int) -> T:
@@ -107,8 +109,9 @@ def write_mooncake(trace: Trace, stream: BinaryIO) -> None:
     encode = msgspec.json.Encoder().encode
     for a in trace.arrivals:
         row = MooncakeRow(
-            _milliseconds(a.at_s), a.input_tokens, a.output_tokens, a.hash_ids or None, a.session
-        )
+            _milliseconds(a.at_s), a.input_tokens, a.output_tokens, a.hash_ids or None, a.session,
+            a.adapter,
+        )  # fmt: skip
         stream.write(encode(row) + b"\n")
 
 

@@ -7,14 +7,15 @@ import hashlib
 import msgspec
 
 from kvasir.core.ids import BlockKey
-from kvasir.core.keys import trace_key
+from kvasir.core.keys import trace_keys
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """`input_tokens` arrive `at_s` seconds after the start and want `output_tokens`, both >= 1.
 
     `hash_ids` name the prompt's blocks in order, one id for a block *and all before it*; the last
-    block may be partial. Empty when the trace says nothing about prefixes.
+    block may be partial. Empty when the trace says nothing about prefixes. The same ids under
+    another `adapter` are other blocks.
     """
 
     at_s: float
@@ -22,10 +23,11 @@ class Arrival(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     output_tokens: int
     hash_ids: tuple[int, ...] = ()
     session: str | None = None
+    adapter: str | None = None
 
     def keys(self, block_size: int) -> tuple[BlockKey, ...]:
         """Keys of the prompt's full blocks; a partial last block has none."""
-        return tuple(map(trace_key, self.hash_ids[: self.input_tokens // block_size]))
+        return trace_keys(self.hash_ids[: self.input_tokens // block_size], self.adapter)
 
 
 class Trace(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
-from kvasir.core.keys import trace_key
+from kvasir.core.keys import trace_keys
 from kvasir.kv.pool import BlockPool
 from kvasir.policy.evict import EVICTS
 from kvasir.traces.record import Arrival, Trace
@@ -48,15 +48,16 @@ class HitRow(NamedTuple):
 
 def hit_table(trace: Trace, capacities: Iterable[int | None], evict: str = "lru") -> list[HitRow]:
     """One row for each capacity, in blocks of `trace.block_size` tokens. `evict`: as in EVICTS."""
-    distinct = len({i for a in trace.arrivals for i in a.hash_ids})
+    distinct = len({(a.adapter, i) for a in trace.arrivals for i in a.hash_ids})
     return [_hits(trace, capacity, max(distinct, 1), evict) for capacity in capacities]
 
 
 def shared_tokens(trace: Trace) -> int:
     """Prompt tokens that an infinite cache shared by all would serve: leading full blocks that an
     earlier arrival has, less the one with the prompt's last token, which is always computed."""
-    size, seen, tokens = trace.block_size or 1, set[int](), 0
+    size, every, tokens = trace.block_size or 1, dict[str | None, set[int]](), 0
     for arrival in trace.arrivals:
+        seen = every.setdefault(arrival.adapter, set())
         blocks = arrival.hash_ids[: arrival.input_tokens // size]
         found = next((i for i, block in enumerate(blocks) if block not in seen), len(blocks))
         tokens += min(found, (arrival.input_tokens - 1) // size) * size
@@ -83,7 +84,7 @@ def _visit(pool: BlockPool, arrival: Arrival) -> int:
 
     A request of more blocks than the pool has keeps its first ones.
     """
-    keys = [trace_key(i) for i in arrival.hash_ids]
+    keys = trace_keys(arrival.hash_ids, arrival.adapter)
     found = pool.match(keys)
     kept = keys[: pool.blocks_count]
     pool.take(found)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Plane = npt.NDArray[np.uint8]
     Planes = Sequence[Sequence[Plane]]
 
-Kind = Literal["shm", "tcp"]
+Kind = Literal["shm", "nixl", "mooncake", "tcp"]
 GIVEN_UP = "given up by the sender"  # begins the reason when the sender stopped on purpose
 
 
@@ -107,9 +107,12 @@ OnReceived = Callable[[ReceiveResult], None]
 class Sender(Protocol):
     """The prefill side. Each `open` is answered by exactly one `on_over`.
 
-    After `on_over` no byte of cache memory is read for that attempt. ok means that the receiver has
-    every byte with the right checksum. A failure names its reason: "stopped", "deadline",
-    "connection lost: ...", "queue full", "closed", or what the receiver refused.
+    After `on_over` no byte of cache memory is read for that attempt, except by a peer that maps it
+    and did not answer in time, or when the sender was closed: it then finds a wrong checksum. ok
+    means that the receiver has every byte with the right checksum. A failure names its reason:
+    "stopped", "deadline", "connection lost: ...", "queue full", "closed", or what the receiver
+    refused. A connection that breaks is made again where the transport can break (tcp), and the
+    transfer goes on with what the receiver lacks.
     """
 
     def open(self, request_id: RequestId, attempt: int, address: str, deadline_s: float) -> None:
@@ -150,8 +153,8 @@ class Receiver(Protocol):
     """
 
     @property
-    def address(self) -> str:
-        """What peers pass to `Sender.open`."""
+    def addresses(self) -> tuple[str, ...]:
+        """What peers may pass to `Sender.open`, one for each kind of transport."""
 
     def expect(
         self,

@@ -1,12 +1,13 @@
 """The bytes of a transfer on the wire: header, limits, checksum, trailer. Knows no sockets.
 
-    header (184 B, little-endian)              payload
+    header (182 B, little-endian)              payload
     +-------------------------------------+   +-------------------------------+
-    | magic version kind | serial         |   | data: blocks of one plane,    |
-    | attempt request id | layer plane    |   |   or nothing if `slot` says   |
-    | shard | block range | slot          |   |   where it stands in a ring   |
-    | payload bytes | payload checksum    |   | trailer, hello: msgpack       |
-    | checksum of the header itself       |   | abort, nack: reason, UTF-8    |
+    | magic version kind | serial         |   | data: blocks, plane by plane  |
+    | attempt request id | plane range    |   | placed: the sender's block    |
+    | shard | block range                 |   |   ids, or nothing             |
+    | payload bytes | checksum of payload |   | trailer, hello: msgpack       |
+    |   (data, placed: of the blocks)     |   | abort, nack: reason, UTF-8    |
+    | checksum of the header itself       |   |                               |
     +-------------------------------------+   +-------------------------------+
 
 A header that cannot be read raises WireError, and its connection is closed: what follows a broken
@@ -21,6 +22,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from kvasir.core.errors import WireError
@@ -30,15 +33,19 @@ from kvasir.transfer.base import WHOLE, Key, Shard
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+    from kvasir.transfer.memory import Ids, Piece
+
 MAGIC: Final = b"KVTR"
-VERSION: Final = 1
+VERSION: Final = 2
 REQUEST_ID_BYTES_MAX: Final = 128
-NO_SLOT: Final = 0xFFFF
 FRAME_BYTES_LIMIT: Final = 64 * MIB  # the largest data frame that a receiver takes
 TRAILER_BYTES_MAX: Final = 64 * 1024
+HELLO_BYTES_MAX: Final = 1 * MIB
+GRANT_BYTES_MAX: Final = 4 * MIB  # four bytes a block, and a bit for each of its planes
+IDS_BYTES_MAX: Final = 4 * 64 * 1024  # of one placed frame, four bytes a block
 REASON_BYTES_MAX: Final = 512
 
-_BODY: Final = struct.Struct("<4sBBHQIHHHHHHIIIQ128s")
+_BODY: Final = struct.Struct("<4sBBHQIHHHHHIIIQ128s")
 _SUM: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _BODY.size + _SUM.size
 
@@ -46,25 +53,31 @@ _T = TypeVar("_T")
 
 
 class FrameKind(IntEnum):
-    HELLO = 1  # P -> D, first on a connection with a ring
+    HELLO = 1  # P -> D, first on a connection that shares memory
     BEGIN = 2  # P -> D, first of a transfer: binds it to the connection
     DATA = 3
-    TRAILER = 4
-    ABORT = 5
-    ACK = 6  # D -> P
-    NACK = 7
-    CREDIT = 8  # `blocks` ring slots are free again
+    PLACED = 4  # as DATA, but the blocks stand in memory that both sides see
+    TRAILER = 5
+    ABORT = 6  # always answered: until then the sender's memory may be read
+    RESUME = 7  # as BEGIN, on a new connection: answered by GRANT, or as it had ended
+    ACK = 8  # D -> P
+    NACK = 9
+    WELCOME = 10  # answers HELLO where the sender writes into our memory
+    GRANT = 11  # answers RESUME, and there BEGIN: where blocks go, and what is here already
 
 
 _PAYLOAD_MAX: Final = {
-    FrameKind.HELLO: 256,
+    FrameKind.HELLO: HELLO_BYTES_MAX,
     FrameKind.BEGIN: 0,
     FrameKind.DATA: FRAME_BYTES_LIMIT,
+    FrameKind.PLACED: IDS_BYTES_MAX,
     FrameKind.TRAILER: TRAILER_BYTES_MAX,
     FrameKind.ABORT: REASON_BYTES_MAX,
+    FrameKind.RESUME: 0,
     FrameKind.ACK: 0,
     FrameKind.NACK: REASON_BYTES_MAX,
-    FrameKind.CREDIT: 0,
+    FrameKind.WELCOME: HELLO_BYTES_MAX,
+    FrameKind.GRANT: GRANT_BYTES_MAX,
 }
 
 
@@ -75,10 +88,9 @@ class Header(msgspec.Struct, frozen=True, gc=False):
     request_id: str = ""
     attempt: int = 0
     serial: int = 0
-    layer: int = 0
     plane: int = 0
+    planes: int = 0
     shard: Shard = WHOLE
-    slot: int = NO_SLOT
     first_block: int = 0
     blocks: int = 0
     payload_bytes: int = 0
@@ -88,17 +100,54 @@ class Header(msgspec.Struct, frozen=True, gc=False):
     def key(self) -> Key:
         return Key(self.request_id, self.attempt)
 
-    @property
-    def inline_bytes(self) -> int:
-        """Payload bytes that follow on the stream: none if they stand in a ring slot."""
-        return self.payload_bytes if self.slot == NO_SLOT else 0
+
+class PlaneAt(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Where a plane [blocks, block_bytes] stands in memory that is shared."""
+
+    offset: int
+    blocks: int
+    block_bytes: int
+
+
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """Where the receiver puts logical blocks from `first_block` on (`ids`: "<u4" each), where the
+    sender writes them itself, and which of them are there: `have`, one bit a block by plane, after
+    a connection broke. `nbytes` of those."""
+
+    first_block: int = 0
+    ids: bytes = b""
+    blocks: int = 0
+    have: tuple[bytes, ...] = ()
+    nbytes: int = 0
+
+    def ids_of(self, piece: Piece) -> Ids:
+        """Raises WireError where nothing was granted."""
+        at = piece.first_block - self.first_block
+        found = np.frombuffer(self.ids, "<u4", offset=0)[max(at, 0) : at + len(piece.ids)]
+        if at < 0 or len(found) != len(piece.ids):
+            raise WireError(f"blocks from {piece.first_block}, {len(piece.ids)}, are not expected")
+        return found.astype(np.int64)
+
+    def has(self, piece: Piece) -> bool:
+        """Whether the receiver has all of a piece."""
+        at = piece.first_block - self.first_block
+        if not self.have or at < 0 or piece.plane + piece.planes > len(self.have):
+            return False
+        planes = (self.have[i] for i in range(piece.plane, piece.plane + piece.planes))
+        return all(
+            bool(_bits(plane, self.blocks)[at : at + len(piece.ids)].all()) for plane in planes
+        )
+
+
+def _bits(packed: bytes, count: int) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(np.bool_)
 
 
 class Hello(msgspec.Struct, frozen=True, gc=False):
-    """The shape of the ring whose file descriptor travels with this frame."""
+    """The sender's memory, `size` bytes, whose file descriptor travels with this frame."""
 
-    slots: int
-    slot_bytes: int
+    size: int
+    planes: tuple[PlaneAt, ...]
 
 
 def pack(header: Header) -> bytes:
@@ -109,7 +158,7 @@ def pack(header: Header) -> bytes:
     try:
         body = _BODY.pack(
             MAGIC, VERSION, header.kind, len(name), header.serial, header.attempt,
-            header.layer, header.plane, *header.shard, header.slot,
+            header.plane, header.planes, *header.shard,
             header.first_block, header.blocks, header.payload_bytes, header.checksum, name,
         )  # fmt: skip
     except struct.error as error:
@@ -126,21 +175,19 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         raise WireError(f"frame version {body[4]}, this side speaks {VERSION}")
     if _SUM.unpack(data[_BODY.size :])[0] != xxhash.xxh32_intdigest(body):
         raise WireError("the checksum of a frame header does not match")
-    (_, _, kind, name_bytes, serial, attempt, layer, plane, rank, head_first, head_end, slot,
+    (_, _, kind, name_bytes, serial, attempt, plane, planes, rank, head_first, head_end,
      first_block, blocks, payload_bytes, checksum, name) = _BODY.unpack(body)  # fmt: skip
     if kind not in _PAYLOAD_MAX or name_bytes > REQUEST_ID_BYTES_MAX:
         raise WireError(f"unknown frame kind {kind} or id of {name_bytes} bytes")
     kind = FrameKind(kind)
     if payload_bytes > _PAYLOAD_MAX[kind]:
         raise WireError(f"{kind.name} frame of {payload_bytes} bytes, max {_PAYLOAD_MAX[kind]}")
-    if slot != NO_SLOT and kind is not FrameKind.DATA:
-        raise WireError(f"{kind.name} frame names a ring slot")
     try:
         request_id = name[:name_bytes].decode()
     except UnicodeDecodeError:
         raise WireError("a frame's request id is not UTF-8") from None
     return Header(
-        kind, request_id, attempt, serial, layer, plane, Shard(rank, head_first, head_end), slot,
+        kind, request_id, attempt, serial, plane, planes, Shard(rank, head_first, head_end),
         first_block, blocks, payload_bytes, checksum,
     )  # fmt: skip
 

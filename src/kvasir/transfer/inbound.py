@@ -12,15 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvasir.core.errors import WireError
 from kvasir.transfer.base import Key, Shard, Trailer
 from kvasir.transfer.frames import (
-    NO_SLOT,
     FrameKind,
+    Grant,
     Header,
+    checksum,
     message,
-    pack,
     reason_payload,
 )
 from kvasir.transfer.memory import Bytes, Ids, Memory, Piece, whole_run
@@ -28,7 +29,7 @@ from kvasir.transfer.stream import FrameReader, send_some
 
 if TYPE_CHECKING:
     from kvasir.transfer.loop import Timer
-    from kvasir.transfer.medium import Inlet
+    from kvasir.transfer.medium import Medium
 
 ANSWERS_MAX: Final = 4096  # a peer that does not read its answers is not served
 
@@ -43,7 +44,10 @@ class Incoming:
         self.key = key
         self.conn: Conn | None = None
         self.serial = 0
+        self.lost_s: float | None = None  # since when its connection is gone
+        self.ending = ""  # why it failed, while the peer may still write here
         self.over = False
+        self.transport = ""  # the way that its bytes take, once that is known
         self.bytes = 0
         self.first_frame_s: float | None = None
         self.timer: Timer | None = None
@@ -51,38 +55,56 @@ class Incoming:
         self._first_block = first_block
         self._ids = ids
         self._layers = layers_count
-        self._missing = [  # [layer][plane] -> which blocks are still to come
-            [np.ones(len(ids), np.bool_) for _ in range(memory.planes_in(layer))]
-            for layer in range(layers_count)
-        ]
-        self._missing_count = len(ids) * sum(len(planes) for planes in self._missing)
+        planes = memory.planes_of(range(layers_count)).stop
+        self._missing = np.ones((planes, len(ids)), np.bool_)  # still to come
+        self._missing_count = self._missing.size
 
     def refusal(self, header: Header, shard: Shard) -> str:
         """Why a data frame cannot be taken; empty if it can."""
         at = header.first_block - self._first_block
         if header.shard != shard:
             return f"the sender ships {header.shard}, {shard} is expected"
-        if header.layer >= self._layers or header.plane >= len(self._missing[header.layer]):
-            return f"layer {header.layer} plane {header.plane} is not expected"
+        if header.planes == 0 or header.plane + header.planes > len(self._missing):
+            return f"{self.describe(header)}: no such plane is expected"
         if at < 0 or header.blocks == 0 or at + header.blocks > len(self._ids):
             return f"blocks from {header.first_block}, {header.blocks} of them, are not expected"
-        block_bytes = self._memory.block_bytes(header.layer, header.plane)
-        if header.payload_bytes != header.blocks * block_bytes:
-            return f"{header.payload_bytes} bytes for {header.blocks} blocks of {block_bytes}"
-        if not self._missing[header.layer][header.plane][at : at + header.blocks].all():
-            return f"layer {header.layer} plane {header.plane} came twice"
+        size = self._size(header)
+        if header.kind is FrameKind.DATA and header.payload_bytes != size:
+            return f"{header.payload_bytes} bytes where {size} are expected"
+        if not self._region(header).all():
+            return f"{self.describe(header)} came twice"
         return ""
 
     def piece(self, header: Header) -> Piece:
         at = header.first_block - self._first_block
         ids = self._ids[at : at + header.blocks]
-        return Piece(header.layer, header.plane, header.first_block, ids)
+        return Piece(header.plane, header.planes, header.first_block, ids)
 
     def note_arrival(self, header: Header) -> None:
+        self._region(header)[:] = False
+        self._missing_count -= header.planes * header.blocks
+        self.bytes += self._size(header)
+
+    def describe(self, header: Header) -> str:
+        where = self._memory.place_of(header.plane)
+        return f"{where} blocks {header.first_block}..{header.first_block + header.blocks - 1}"
+
+    def _region(self, header: Header) -> npt.NDArray[np.bool_]:
         at = header.first_block - self._first_block
-        self._missing[header.layer][header.plane][at : at + header.blocks] = False
-        self._missing_count -= header.blocks
-        self.bytes += header.payload_bytes
+        return self._missing[header.plane : header.plane + header.planes, at : at + header.blocks]
+
+    def _size(self, header: Header) -> int:
+        return self._memory.size(header.plane, header.planes, header.blocks)
+
+    def grant(self, one_sided: bool) -> Grant:
+        """What the sender has to know: where blocks go if it writes them, and what is here."""
+        ids = self._ids.astype("<u4").tobytes() if one_sided else b""
+        have = tuple(np.packbits(~row).tobytes() for row in self._missing) if self.bytes else ()
+        return Grant(self._first_block, ids, len(self._ids), have, self.bytes)
+
+    @property
+    def closing(self) -> bool:
+        return self.over or bool(self.ending)
 
     def shortfall(self, trailer: Trailer) -> str:
         """What is wrong at the end; empty if everything is here."""
@@ -95,17 +117,17 @@ class Incoming:
         return ""
 
     def check(self) -> None:
-        missing = sum(int(plane.sum()) for planes in self._missing for plane in planes)
-        assert missing == self._missing_count
+        assert int(self._missing.sum()) == self._missing_count
         assert self.conn is None or self.over or self in self.conn.incoming
 
 
 class Landing(NamedTuple):
-    """A data frame on its way in. `data`: its payload, flat; `direct`: that is the cache itself."""
+    """A data frame on its way in. `data`: its payload, flat, None when it is placed; `direct`: that
+    is the cache itself."""
 
     incoming: Incoming
     piece: Piece
-    data: Bytes
+    data: Bytes | None
     direct: bool
 
 
@@ -115,14 +137,16 @@ class Conn:
     def __init__(
         self,
         sock: socket.socket,
-        inlet: Inlet,
+        medium: Medium,
         memory: Memory,
         place: Callable[[Conn, Header], memoryview | None],
         arrived: Callable[[Conn, Header], None],
     ) -> None:
         self.sock = sock
-        self.inlet = inlet
-        self.reader = FrameReader(inlet.recv_into, partial(place, self), partial(arrived, self))
+        self.medium = medium
+        self.inlet = medium.inlet(sock)
+        read = self.inlet.recv_into
+        self.reader = FrameReader(read, partial(place, self), partial(arrived, self))
         self.incoming: set[Incoming] = set()  # bound to this connection and not over
         self.small = bytearray()  # payload of the last small frame
         self.closed = False
@@ -130,7 +154,6 @@ class Conn:
         self._landing: Landing | None = None
         self._staging: Bytes = np.empty(0, np.uint8)
         self._outbox: deque[memoryview] = deque()
-        self._slots_free = 0
         self._refused = (Key("", 0), 0)
 
     def small_payload(self, header: Header) -> memoryview:
@@ -139,17 +162,15 @@ class Conn:
 
     # --- payloads ---
 
-    def land_at(self, incoming: Incoming, header: Header) -> memoryview | None:
-        """The cache itself if the blocks are consecutive, else a buffer; None if the payload stands
-        in the ring. Raises WireError for a slot that is none."""
+    def land_at(self, incoming: Incoming, header: Header) -> memoryview:
+        """The cache itself where it takes the payload in one run, else a buffer."""
         piece = incoming.piece(header)
-        if header.slot != NO_SLOT:
-            data = self.inlet.slot(header.slot, header.payload_bytes)
-            self._landing = Landing(incoming, piece, data, False)
-            return None
-        run = whole_run(piece.ids)
+        if header.kind is FrameKind.PLACED:
+            self._landing = Landing(incoming, piece, None, False)
+            return self.small_payload(header)
+        run = whole_run(piece.ids) if piece.planes == 1 else None
         if run is not None:
-            data = self._memory.span(piece.layer, piece.plane, run)
+            data = self._memory.span(piece.plane, run)
         else:
             data = self._staged(header.payload_bytes)
         self._landing = Landing(incoming, piece, data, run is not None)
@@ -159,15 +180,25 @@ class Conn:
         landing, self._landing = self._landing, None
         return landing
 
-    def let_go(self, incoming: Incoming) -> None:
-        """Write no more for it: the rest of its frame is drained."""
-        self.incoming.discard(incoming)
+    def settle(self, landing: Landing, wanted: int) -> bool:
+        """Bring what landed into the cache; whether its checksum is the wanted one. Raises
+        WireError for a place that is none."""
+        if landing.data is None:
+            return self.inlet.bring(self._memory, landing.piece, self.small) == wanted
+        if checksum(landing.data.data) != wanted:
+            return False
+        if not landing.direct:
+            self._memory.scatter(landing.piece, landing.data)
+        return True
+
+    def let_go(self, incoming: Incoming, *, bound: bool = False) -> None:
+        """Write no more for it: the rest of its frame is drained. `bound`: its end is still to
+        come."""
+        if not bound:
+            self.incoming.discard(incoming)
         if self._landing is not None and self._landing.incoming is incoming:
             self.reader.discard()
             self._landing = None
-
-    def return_slot(self, header: Header) -> None:
-        self._slots_free += header.slot != NO_SLOT
 
     def _staged(self, size: int) -> Bytes:
         if self._staging.size < size:
@@ -178,25 +209,22 @@ class Conn:
 
     def answer(self, kind: FrameKind, incoming: Incoming, reason: str) -> None:
         if not self.closed:
-            frame = message(kind, incoming.key, incoming.serial, reason_payload(reason))
-            self._outbox.append(memoryview(frame))
+            self.say(kind, incoming.key, incoming.serial, reason_payload(reason))
+
+    def say(self, kind: FrameKind, key: Key, serial: int, payload: bytes = b"") -> None:
+        self._outbox.append(memoryview(message(kind, key, serial, payload)))
 
     def refuse(self, header: Header, reason: str) -> None:
         """Tell the sender, once, and not for every frame that follows."""
         if self._refused != (header.key, header.serial):
             self._refused = (header.key, header.serial)
-            frame = message(FrameKind.NACK, header.key, header.serial, reason_payload(reason))
-            self._outbox.append(memoryview(frame))
+            self.say(FrameKind.NACK, header.key, header.serial, reason_payload(reason))
 
     def flush(self) -> bool:
-        """Send answers and credits; False when the socket takes no more.
+        """Send answers; False when the socket takes no more.
 
         Raises OSError, and WireError when the peer has left too many unread.
         """
-        if self._slots_free:
-            credit = pack(Header(FrameKind.CREDIT, blocks=self._slots_free))
-            self._outbox.append(memoryview(credit))
-            self._slots_free = 0
         if len(self._outbox) > ANSWERS_MAX:
             raise WireError("the peer does not read its answers")
         while self._outbox and send_some(self.sock, self._outbox):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -21,18 +21,29 @@ from kvasir.transfer.base import Key, Shard, Timeline, Trailer
 from kvasir.transfer.frames import (
     TRAILER_BYTES_MAX,
     FrameKind,
+    Grant,
     Header,
+    decode,
     encode,
     message,
     pack,
     reason_payload,
 )
+from kvasir.transfer.memory import Limits, Piece
 from kvasir.transfer.stream import FrameReader, send_some
 
 if TYPE_CHECKING:
     from kvasir.transfer.loop import Timer
-    from kvasir.transfer.medium import Outlet
-    from kvasir.transfer.memory import Memory, Piece
+    from kvasir.transfer.medium import Medium, Outlet
+    from kvasir.transfer.memory import Ids, Memory
+
+
+class Push(NamedTuple):
+    """What the caller pushed; kept until the transfer is over, in case the connection breaks."""
+
+    first_block: int
+    ids: Ids
+    layers: range
 
 
 @dataclass(eq=False, slots=True)
@@ -48,14 +59,31 @@ class Outgoing:
     timer: Timer | None = None
     begun: bool = False  # the peer has heard of it
     finished: bool = False  # the caller will push nothing more
+    trailer: Trailer | None = None
     trailed: bool = False  # the trailer is on its way
+    grant: Grant | None = None
+    broken_s: float | None = None  # since when it waits for a connection again
+    ending: str = ""  # why it failed, while the peer has yet to say that it reads no more
     over: bool = False
     first_frame_s: float | None = None
     last_frame_s: float | None = None
     over_s: float | None = None
     bytes: int = 0
-    layers: set[int] = field(default_factory=set)
-    blocks: set[int] = field(default_factory=set)
+    cost: int = 0  # bytes that its pushes weigh
+    pushed: list[Push] = field(default_factory=list)
+
+    @property
+    def closing(self) -> bool:
+        """Nothing more is to be sent for it."""
+        return self.over or bool(self.ending)
+
+    def totals(self, trailer: Trailer) -> Trailer:
+        """The trailer with what was pushed and sent."""
+        layers = {layer for push in self.pushed for layer in push.layers}
+        blocks = {push.first_block + i for push in self.pushed for i in range(len(push.ids))}
+        return msgspec.structs.replace(
+            trailer, blocks=len(blocks), layers=len(layers), bytes=self.bytes
+        )
 
     def timeline(self) -> Timeline:
         return Timeline(
@@ -65,11 +93,10 @@ class Outgoing:
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """A push that waits. `cost`: bytes that it weighs in the queue."""
+    """A push that waits."""
 
     transfer: Outgoing
     pieces: deque[Piece]
-    cost: int
 
 
 @dataclass(eq=False, slots=True)
@@ -81,41 +108,63 @@ class Note:
 
 
 class Link:
-    """`on_answer(link, header, text)` hears acks (empty text) and nacks."""
+    """`on_answer(link, header, text)` hears acks (empty text) and nacks; `on_grant` what a peer
+    grants. `slice_bytes`: no frame should be larger."""
 
     def __init__(
         self,
         address: str,
-        sock: socket.socket,
-        outlet: Outlet,
+        medium: Medium,
         memory: Memory,
         shard: Shard,
+        *,
+        frame_bytes_max: int,
+        slice_bytes: int,
         on_answer: Callable[[Link, Header, str], None],
+        on_grant: Callable[[Link, Outgoing], None],
     ) -> None:
+        """Starts to connect. Raises OSError, WireError."""
         self.address = address
-        self.sock = sock
-        self.reader = FrameReader(sock.recv_into, self._place, self._arrived)
+        self.sock = medium.connect(address)
+        try:
+            self.outlet: Outlet = medium.outlet(memory, frame_bytes_max)
+        except OSError:
+            self.sock.close()
+            raise
+        self.resumes = medium.resumes
+        self.reader = FrameReader(self.sock.recv_into, self._place, self._arrived)
         self.queue: deque[Part | Note] = deque()
         self.outbox: deque[memoryview] = deque()  # one frame, or what is left of it
         self.transfers: dict[int, Outgoing] = {}  # by serial
         self.connected = False
         self.closed = False
-        self.waiting = False  # for the cap
-        self._outlet = outlet
+        self.waiting = False  # for the cap, or for a flight
+        self._limits = Limits(*(min(slice_bytes, limit) for limit in self.outlet.limits))
         self._memory = memory
         self._shard = shard
         self._on_answer = on_answer
+        self._on_grant = on_grant
         self._leaving: Outgoing | None = None  # whose data frame is in the outbox
-        self._answer = bytearray()
+        self._flight: Callable[[], bool] | None = None  # must be over before the outbox may leave
+        self._payload = bytearray()
 
     # --- what waits ---
 
-    def begin(self, transfer: Outgoing) -> None:
-        """Raises WireError when the transfer's name does not fit a frame."""
-        frame = message(FrameKind.BEGIN, transfer.key, transfer.serial)
-        transfer.link = self
+    def begin(self, transfer: Outgoing, *, again: bool = False) -> None:
+        """`again`: on a new connection; the peer is asked what it has. Raises WireError when the
+        transfer's name does not fit a frame."""
+        kind = FrameKind.RESUME if again else FrameKind.BEGIN
+        frame = message(kind, transfer.key, transfer.serial)
+        transfer.link, transfer.grant = self, None
+        transfer.begun = transfer.trailed = False
         self.transfers[transfer.serial] = transfer
         self.queue.append(Note(transfer, partial(self._begin_frame, transfer, frame)))
+        if not again and not self.outlet.one_sided:
+            transfer.grant = NOTHING_THERE
+
+    def push(self, transfer: Outgoing, push: Push) -> None:
+        pieces = self._memory.pieces(push.first_block, push.ids, push.layers, self._limits)
+        self.queue.append(Part(transfer, deque(pieces)))
 
     def trail(self, transfer: Outgoing, trailer: Trailer) -> None:
         """Raises WireError when the trailer is too big for a frame."""
@@ -123,19 +172,19 @@ class Link:
             raise WireError(f"a trailer with {len(trailer.tokens)} tokens is too big")
         self.queue.append(Note(transfer, partial(self._trailer_frame, transfer, trailer)))
 
-    def forget(self, transfer: Outgoing, reason: str) -> int:
+    def withdraw(self, transfer: Outgoing, reason: str) -> None:
         """Let go of the cache memory that waits or leaves for `transfer`; with a reason, tell the
-        peer. Returns the queue cost that is free again."""
-        self.transfers.pop(transfer.serial, None)
-        gone = [item for item in self.queue if item.transfer is transfer]
-        if gone:
-            self.queue = deque(item for item in self.queue if item.transfer is not transfer)
-        if self._leaving is transfer:
+        peer."""
+        self.queue = deque(item for item in self.queue if item.transfer is not transfer)
+        if self._leaving is transfer and self._flight is None:
             self._detach()
         if reason and transfer.begun and not self.closed:
             abort = message(FrameKind.ABORT, transfer.key, transfer.serial, reason_payload(reason))
             self.queue.appendleft(Note(transfer, lambda: abort))
-        return sum(item.cost for item in gone if isinstance(item, Part))
+
+    def flies(self, transfer: Outgoing) -> bool:
+        """Whether its memory is being read right now, by hardware or a library."""
+        return self._flight is not None and self._leaving is transfer
 
     def _detach(self) -> None:
         """Finish the frame that is half out from a copy, so that the stream stays in step."""
@@ -147,12 +196,17 @@ class Link:
 
     def has_next(self) -> bool:
         """Whether something waits that could be loaded now, caps aside."""
-        return bool(self.queue) and (not self.next_is_data() or self._outlet.has_room())
+        if not self.queue:
+            return False
+        first = self.queue[0]
+        return first.transfer.closing or not first.transfer.begun or (
+            first.transfer.grant is not None
+        )  # fmt: skip
 
     def next_is_data(self) -> bool:
         return isinstance(self.queue[0], Part)
 
-    def load_next(self, settle: Callable[[int], None]) -> int:
+    def load_next(self) -> int:
         """Put the next frame into the outbox; returns its payload bytes if it is data."""
         assert not self.outbox
         item = self.queue[0]
@@ -163,30 +217,39 @@ class Link:
         piece = item.pieces.popleft()
         if not item.pieces:
             self.queue.popleft()
-            settle(item.cost)
+        if item.transfer.grant is not None and item.transfer.grant.has(piece):
+            return 0
         return self._load_data(item.transfer, piece)
 
     def _load_data(self, transfer: Outgoing, piece: Piece) -> int:
-        loaded = self._outlet.load(self._memory, piece)
-        size = len(piece.ids) * self._memory.block_bytes(piece.layer, piece.plane)
+        there = transfer.grant.ids_of(piece) if self.outlet.one_sided and transfer.grant else None
+        loaded = self.outlet.load(self._memory, piece, there)
         header = Header(
-            FrameKind.DATA, *transfer.key, transfer.serial, piece.layer, piece.plane, self._shard,
-            loaded.slot, piece.first_block, len(piece.ids), size, loaded.checksum,
+            loaded.kind, *transfer.key, transfer.serial, piece.plane, piece.planes, self._shard,
+            piece.first_block, len(piece.ids), sum(map(len, loaded.inline)), loaded.checksum,
         )  # fmt: skip
         self.outbox.append(memoryview(pack(header)))
         self.outbox.extend(loaded.inline)
+        size = self._memory.size(piece.plane, piece.planes, len(piece.ids))
         transfer.bytes += size
-        self._leaving = transfer
+        transfer.first_frame_s = transfer.first_frame_s or time.monotonic()
+        self._leaving, self._flight = transfer, loaded.flight
         return size
+
+    def in_flight(self) -> bool:
+        """Whether the outbox has to wait. Raises OSError when the flight failed."""
+        if self._flight is not None and self._flight():
+            self._flight = None
+            if self._leaving is not None and self._leaving.closing:
+                self._leaving = None
+        return self._flight is not None
 
     def flush(self) -> bool:
         """Send from the outbox; False when the socket takes no more. Raises OSError."""
         sent = send_some(self.sock, self.outbox)
         transfer = self._leaving
         if transfer is not None and sent:
-            now = time.monotonic()
-            transfer.first_frame_s = transfer.first_frame_s or now
-            transfer.last_frame_s = now
+            transfer.last_frame_s = time.monotonic()
             if not self.outbox:
                 self._leaving = None
         return not self.outbox
@@ -197,13 +260,8 @@ class Link:
 
     def _trailer_frame(self, transfer: Outgoing, trailer: Trailer) -> bytes:
         transfer.trailed = True
-        whole = msgspec.structs.replace(
-            trailer,
-            blocks=len(transfer.blocks),
-            layers=len(transfer.layers),
-            bytes=transfer.bytes,
-        )
-        return message(FrameKind.TRAILER, transfer.key, transfer.serial, encode(whole))
+        whole = encode(transfer.totals(trailer))
+        return message(FrameKind.TRAILER, transfer.key, transfer.serial, whole)
 
     # --- connection ---
 
@@ -212,34 +270,41 @@ class Link:
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
-        self._outlet.greet(self.sock)
+        self.outlet.greet(self.sock)
         self.connected = True
 
     def close(self) -> None:
         self.closed = True
         self.outbox.clear()
-        self._leaving = None
+        self._leaving = self._flight = None
         self.sock.close()
-        self._outlet.close()
+        self.outlet.close()
 
     def _place(self, header: Header) -> memoryview | None:
-        if header.kind not in {FrameKind.ACK, FrameKind.NACK, FrameKind.CREDIT}:
+        if header.kind not in ANSWERS:
             raise WireError(f"{header.kind.name} is no answer")
-        self._answer = bytearray(header.payload_bytes)
-        return memoryview(self._answer)
+        self._payload = bytearray(header.payload_bytes)
+        return memoryview(self._payload)
 
     def _arrived(self, header: Header) -> None:
-        if header.kind is FrameKind.CREDIT:
-            self._outlet.credit(header.blocks)
-        elif header.kind is FrameKind.ACK:
-            self._on_answer(self, header, "")
-        else:
-            text = self._answer.decode(errors="replace")
-            self._on_answer(self, header, text or "refused")
+        match header.kind:
+            case FrameKind.ACK:
+                self._on_answer(self, header, "")
+            case FrameKind.WELCOME:
+                self.outlet.welcome(self._payload)
+            case FrameKind.GRANT:
+                self._granted(header)
+            case _:
+                text = self._payload.decode(errors="replace")
+                self._on_answer(self, header, text or "refused")
 
-    def queue_cost(self) -> int:
-        """Bytes that the waiting pushes weigh."""
-        return sum(item.cost for item in self.queue if isinstance(item, Part))
+    def _granted(self, header: Header) -> None:
+        transfer = self.transfers.get(header.serial)
+        if transfer is None or transfer.key != header.key or transfer.closing:
+            return
+        transfer.grant = decode(self._payload, Grant)
+        transfer.bytes = transfer.grant.nbytes
+        self._on_grant(self, transfer)
 
     def check(self) -> None:
         """Whatever waits or leaves belongs to a transfer that is not over (aborts aside)."""
@@ -247,3 +312,7 @@ class Link:
             assert isinstance(item, Note) or (item.pieces and not item.transfer.over)
         assert self._leaving is None or not self._leaving.over
         assert all(t.link is self and not t.over for t in self.transfers.values())
+
+
+ANSWERS = {FrameKind.ACK, FrameKind.NACK, FrameKind.WELCOME, FrameKind.GRANT}
+NOTHING_THERE = Grant()

@@ -1,4 +1,4 @@
-"""What differs between transports: how to connect, and where a data frame's payload stands.
+"""What differs between transports: how to connect, and where a data frame's blocks stand.
 
 Everything else (order, acks, deadlines, ends) is the same and lives in sender.py and receiver.py.
 """
@@ -6,20 +6,25 @@ Everything else (order, acks, deadlines, ends) is the same and lives in sender.p
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvasir.transfer.base import Kind
 
 if TYPE_CHECKING:
-    from kvasir.transfer.memory import Bytes, Memory, Piece
+    from kvasir.transfer.frames import FrameKind
+    from kvasir.transfer.memory import Ids, Limits, Memory, Piece
 
 
 class Loaded(NamedTuple):
-    """A piece, read and ready to leave: `inline` follows the header, unless it stands in `slot`."""
+    """A piece, read and ready to leave. `kind`: DATA when `inline` holds its bytes, or PLACED; then
+    the frame may leave when `flight`, if there is one, says that the bytes are there (it raises
+    OSError when they will never be)."""
 
+    kind: FrameKind
     checksum: int
-    slot: int
     inline: list[memoryview]
+    flight: Callable[[], bool] | None = None
 
 
 class Listening(NamedTuple):
@@ -31,18 +36,28 @@ class Listening(NamedTuple):
 class Outlet(Protocol):
     """The sending end of one connection."""
 
+    @property
+    def limits(self) -> Limits:
+        """How large frames are best, caps aside."""
+
+    @property
+    def lends(self) -> bool:
+        """Whether the peer reads cache memory itself, so that only its answer ends a transfer."""
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether it writes into the peer's memory, and so has to be granted a place first."""
+
     def greet(self, sock: socket.socket) -> None:
         """Say what must be said first on a new connection. Raises OSError."""
 
-    def has_room(self) -> bool:
-        """Whether a piece can be loaded now. False: wait for `credit`."""
+    def welcome(self, payload: bytes | bytearray) -> None:
+        """The peer's answer to the greeting. Raises WireError if it is not acceptable."""
 
-    def load(self, memory: Memory, piece: Piece) -> Loaded:
-        """Read a piece and its checksum from the cache. The views in `inline` may lie in cache
-        memory; they are valid until the next `load`."""
-
-    def credit(self, slots: int) -> None:
-        """The peer is done with `slots` more payloads. Raises WireError if that cannot be."""
+    def load(self, memory: Memory, piece: Piece, there: Ids | None) -> Loaded:
+        """Take a piece and its checksum from the cache; `there`: the peer's block ids if it is
+        one-sided. The views in `inline` may lie in cache memory; they are valid until the next
+        `load`. Raises OSError, WireError."""
 
     def close(self) -> None: ...
 
@@ -50,14 +65,20 @@ class Outlet(Protocol):
 class Inlet(Protocol):
     """The receiving end of one connection."""
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether the peer writes into our memory itself, and has to be granted a place."""
+
     def recv_into(self, buffer: memoryview) -> int:
         """As `socket.recv_into`."""
 
-    def hello(self, payload: bytes | bytearray) -> None:
-        """The peer's greeting. Raises WireError if it is not acceptable."""
+    def hello(self, payload: bytes | bytearray) -> bytes:
+        """The peer's greeting; returns the payload of a welcome, empty for none. Raises WireError
+        if it is not acceptable."""
 
-    def slot(self, index: int, size: int) -> Bytes:
-        """The first `size` bytes of a ring slot. Raises WireError if there is none."""
+    def bring(self, memory: Memory, piece: Piece, payload: bytes | bytearray) -> int:
+        """Fill a piece from where it was placed; returns the checksum of what stands here then.
+        Raises WireError if there is no such place."""
 
     def close(self) -> None: ...
 
@@ -68,15 +89,19 @@ class Medium(Protocol):
     @property
     def kind(self) -> Kind: ...
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a connection may break while both ends live, so that going on makes sense."""
+
     def connect(self, address: str) -> socket.socket:
         """Start to connect. Raises OSError, or WireError for an address of another kind."""
 
-    def listen(self, bind: str) -> Listening:
-        """Raises OSError, or ConfigError for a `bind` that makes no sense."""
+    def listen(self) -> Listening:
+        """Raises OSError, or ConfigError for a place that makes no sense."""
 
     def adopt(self, sock: socket.socket) -> None:
         """Set up a socket that was accepted."""
 
-    def outlet(self, frame_bytes_max: int) -> Outlet: ...
+    def outlet(self, memory: Memory, frame_bytes_max: int) -> Outlet: ...
 
     def inlet(self, sock: socket.socket) -> Inlet: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 SLICE_S: Final = 0.01  # frames are cut to this much of the cap; also how much idle time is made up
@@ -15,11 +16,11 @@ class Pace:
         self._rate = bytes_per_s_max
         self._next_s = float("-inf")
 
-    def frame_bytes(self, frame_bytes_max: int) -> int:
-        """Frame size under the cap, in bytes."""
+    def slice_bytes(self) -> int:
+        """No frame should be larger under the cap."""
         if self._rate is None:
-            return frame_bytes_max
-        return min(frame_bytes_max, max(1, round(self._rate * SLICE_S)))
+            return sys.maxsize
+        return max(1, round(self._rate * SLICE_S))
 
     def wait_until_s(self, now_s: float) -> float | None:
         """When the next frame may leave; None for now."""

@@ -9,7 +9,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -17,9 +17,9 @@ from kvasir.core.errors import ConfigError, TransferError, WireError
 from kvasir.core.units import MIB
 from kvasir.transfer.base import WHOLE, Key, OnOver, Shard, Timeline, Trailer
 from kvasir.transfer.frames import FRAME_BYTES_LIMIT, Header
-from kvasir.transfer.link import Link, Outgoing, Part
+from kvasir.transfer.link import Link, Outgoing, Push
 from kvasir.transfer.loop import READ, WRITE, Loop
-from kvasir.transfer.memory import Ids, Memory
+from kvasir.transfer.memory import Memory
 from kvasir.transfer.pace import Pace
 
 if TYPE_CHECKING:
@@ -34,13 +34,18 @@ QUEUE_BYTES_MAX: Final = 64 * MIB  # of references: about 8 bytes a block and pu
 LINKS_MAX: Final = 1024
 TIMELINES_MAX: Final = 1024
 TURN_BYTES: Final = 4 * MIB  # what one connection may send before others get a turn
+RESUME_S: Final = 2.0  # without a connection; the receiver waits a little longer
+RESUME_PAUSE_S: Final = 0.05
+POLL_S: Final = 0.0005
+ANSWER_WAIT_S: Final = 2.0  # a peer that hangs: what it reads later has a wrong checksum
 PART_BYTES: Final = 256  # what a queued push weighs besides its block ids
 
 log = logging.getLogger("kvasir.transfer")
 
 
 class StreamSender:
-    """`base.Sender` over a medium. `bytes_per_s_max`: cap over all peers; None for none.
+    """`base.Sender` over media, one for each scheme of address. `bytes_per_s_max`: cap over all
+    peers; None for none.
 
     `frame_bytes_max`: payload of one data frame, at least one block of one plane. Raises
     ConfigError for planes or limits that do not fit.
@@ -49,7 +54,7 @@ class StreamSender:
     def __init__(
         self,
         planes: Planes,
-        medium: Medium,
+        media: Sequence[Medium],
         *,
         on_over: OnOver,
         bytes_per_s_max: float | None = None,
@@ -58,13 +63,11 @@ class StreamSender:
         shard: Shard = WHOLE,
     ) -> None:
         self._memory = Memory(planes)
-        self._medium = medium
+        self._media: dict[str, Medium] = {medium.kind: medium for medium in media}
         self._on_over = on_over
         self._shard = shard
         self._pace = Pace(bytes_per_s_max)
-        self._frame_bytes = max(
-            self._pace.frame_bytes(frame_bytes_max), self._memory.block_bytes_max
-        )
+        self._frame_bytes = max(frame_bytes_max, self._memory.block_bytes_max)
         if self._frame_bytes > FRAME_BYTES_LIMIT:
             raise ConfigError(f"frames of {self._frame_bytes} bytes, max {FRAME_BYTES_LIMIT}")
         self._queue_bytes_max = queue_bytes_max
@@ -74,7 +77,7 @@ class StreamSender:
         self._timelines: OrderedDict[Key, Timeline] = OrderedDict()
         self._serials = itertools.count(1)
         self._links: dict[str, Link] = {}
-        self._loop = Loop(f"kv-send-{medium.kind}", self._on_exit)
+        self._loop = Loop("kv-send", self._on_exit)
         self._loop.start()
 
     # --- from any thread ---
@@ -110,11 +113,13 @@ class StreamSender:
                 return
             assert not transfer.finished, f"{transfer.key}: push after finish"
             full = self._queue_bytes + cost > self._queue_bytes_max
-            self._queue_bytes += 0 if full else cost
+            if not full:
+                self._queue_bytes += cost
+                transfer.cost += cost
         if full:
             self._loop.call(partial(self._end, transfer, False, "queue full"))
-        elif not self._loop.call(partial(self._enqueue, transfer, first_block, ids, span, cost)):
-            self._settle(cost)
+        else:
+            self._loop.call(partial(self._enqueue, transfer, Push(first_block, ids, span)))
 
     def finish(self, request_id: RequestId, attempt: int, trailer: Trailer) -> None:
         with self._lock:
@@ -147,30 +152,29 @@ class StreamSender:
     # --- on the thread: transfers ---
 
     def _start(self, transfer: Outgoing) -> None:
+        overdue = partial(self._end, transfer, False, "deadline")
+        transfer.timer = self._loop.at(transfer.deadline_s, overdue)
         try:
             link = self._link(transfer.address)
             link.begin(transfer)
         except (OSError, WireError, UnicodeError) as error:
-            self._end(transfer, False, f"cannot connect: {error}")
+            self._over(transfer, False, f"cannot connect: {error}")
             return
-        overdue = partial(self._end, transfer, False, "deadline")
-        transfer.timer = self._loop.at(transfer.deadline_s, overdue)
         self._pump(link)
 
-    def _enqueue(
-        self, transfer: Outgoing, first_block: int, ids: Ids, layers: range, cost: int
-    ) -> None:
-        if transfer.over or transfer.link is None:
-            self._settle(cost)
+    def _enqueue(self, transfer: Outgoing, push: Push) -> None:
+        if transfer.closing:
             return
-        pieces = deque(self._memory.pieces(first_block, ids, layers, self._frame_bytes))
-        transfer.layers.update(layers)
-        transfer.blocks.update(range(first_block, first_block + len(ids)))
-        transfer.link.queue.append(Part(transfer, pieces, cost))
-        self._pump(transfer.link)
+        transfer.pushed.append(push)
+        if transfer.link is not None:  # else all is queued when there is a connection again
+            transfer.link.push(transfer, push)
+            self._pump(transfer.link)
 
     def _enqueue_trailer(self, transfer: Outgoing, trailer: Trailer) -> None:
-        if transfer.over or transfer.link is None:
+        if transfer.closing:
+            return
+        transfer.trailer = trailer
+        if transfer.link is None:
             return
         try:
             transfer.link.trail(transfer, trailer)
@@ -180,6 +184,22 @@ class StreamSender:
         self._pump(transfer.link)
 
     def _end(self, transfer: Outgoing, ok: bool, reason: str) -> None:
+        """Send nothing more for it. What the peer may still read is kept until it answers."""
+        if transfer.closing:
+            return
+        link = transfer.link
+        if ok or link is None or not transfer.begun or not link.outlet.lends:
+            self._over(transfer, ok, reason)
+            return
+        transfer.ending = reason
+        if transfer.timer is not None:
+            transfer.timer.cancel()
+        silent = partial(self._over, transfer, False, reason)
+        transfer.timer = self._loop.at(time.monotonic() + ANSWER_WAIT_S, silent)
+        link.withdraw(transfer, reason)
+        self._pump(link)
+
+    def _over(self, transfer: Outgoing, ok: bool, reason: str) -> None:
         """The one way out. Nothing of the cache is referenced any more when `on_over` is called."""
         if transfer.over:
             return
@@ -189,8 +209,11 @@ class StreamSender:
             transfer.timer.cancel()
         link = transfer.link
         if link is not None:
-            self._settle(link.forget(transfer, "" if ok else reason))
+            link.withdraw(transfer, "" if ok or transfer.ending else reason)
+            link.transfers.pop(transfer.serial, None)
         with self._lock:
+            self._queue_bytes -= transfer.cost
+            transfer.cost = 0
             if self._open_now.pop(transfer.key, None) is None:
                 return  # `open` raises: the sender closed under it
             self._timelines[transfer.key] = transfer.timeline()
@@ -203,10 +226,6 @@ class StreamSender:
         if link is not None and link.address in self._links:
             self._pump(link)
 
-    def _settle(self, cost: int) -> None:
-        with self._lock:
-            self._queue_bytes -= cost
-
     # --- on the thread: connections ---
 
     def _link(self, address: str) -> Link:
@@ -215,15 +234,16 @@ class StreamSender:
         if link is None:
             if len(self._links) >= LINKS_MAX:
                 raise WireError(f"already {LINKS_MAX} peers")
-            sock = self._medium.connect(address)
-            try:
-                outlet = self._medium.outlet(self._frame_bytes)
-            except OSError:
-                sock.close()
-                raise
-            link = Link(address, sock, outlet, self._memory, self._shard, self._on_answer)
+            medium = self._media.get(address.partition("://")[0])
+            if medium is None:
+                raise WireError(f"no transport here for {address!r}, only {[*self._media]}")
+            link = Link(
+                address, medium, self._memory, self._shard,
+                frame_bytes_max=self._frame_bytes, slice_bytes=self._pace.slice_bytes(),
+                on_answer=self._on_answer, on_grant=self._on_grant,
+            )  # fmt: skip
             self._links[address] = link
-            self._loop.watch(sock, READ | WRITE, partial(self._on_ready, link))
+            self._loop.watch(link.sock, READ | WRITE, partial(self._on_ready, link))
         return link
 
     def _on_ready(self, link: Link, events: int) -> None:
@@ -241,15 +261,14 @@ class StreamSender:
         if link.closed or not link.connected:
             return
         try:
-            throttled = self._send(link)
+            wants = self._send(link)
         except (OSError, WireError) as error:
             self._drop(link, f"connection lost: {error}")
             return
-        wants = bool(link.outbox) or (link.has_next() and not throttled)
         self._loop.rewatch(link.sock, READ | WRITE if wants else READ)
 
     def _send(self, link: Link) -> bool:
-        """One turn of sending. True when only the cap holds the next frame back."""
+        """One turn of sending. True when a socket with room is all that it waits for."""
         budget = TURN_BYTES
         while budget > 0:
             if not link.outbox:
@@ -259,13 +278,16 @@ class StreamSender:
                     wait_until_s = self._pace.wait_until_s(time.monotonic())
                     if wait_until_s is not None:
                         self._wait(link, wait_until_s)
-                        return True
-                loaded = link.load_next(self._settle)
+                        return False
+                loaded = link.load_next()
                 self._pace.spend(time.monotonic(), loaded)
                 budget -= loaded
-            if not link.flush():
+            if link.in_flight():
+                self._wait(link, time.monotonic() + POLL_S)
                 return False
-        return False
+            if not link.flush():
+                return True
+        return True
 
     def _wait(self, link: Link, until_s: float) -> None:
         if not link.waiting:
@@ -281,26 +303,74 @@ class StreamSender:
         transfer = link.transfers.get(header.serial)
         if transfer is None or transfer.key != header.key:
             return
-        if text:
+        if transfer.ending:
+            if not link.flies(transfer):  # else the answer to our abort is still to come
+                self._over(transfer, False, transfer.ending)
+        elif text and link.outlet.one_sided:
             self._end(transfer, False, text)
-        elif transfer.trailed:
-            self._end(transfer, True, "")
+        elif text:
+            self._over(transfer, False, text)
+        elif transfer.trailed or transfer.broken_s is not None:
+            self._over(transfer, True, "")
         else:
             raise WireError("an ack before the trailer")
 
+    def _on_grant(self, link: Link, transfer: Outgoing) -> None:
+        """The peer takes it, or goes on taking it."""
+        transfer.broken_s = None
+        self._pump(link)
+
     def _drop(self, link: Link, reason: str) -> None:
-        """The connection is of no more use: everything on it fails."""
+        """The connection is of no more use. What can go on over another one does."""
         if link.closed:
             return
         del self._links[link.address]
         self._loop.unwatch(link.sock)
         link.close()
         for transfer in list(link.transfers.values()):
-            self._end(transfer, False, reason)
+            there_was = link.connected or transfer.broken_s is not None
+            if link.resumes and there_was and not transfer.closing:
+                self._broken(transfer, reason)
+            else:
+                self._over(transfer, False, transfer.ending or reason)
+
+    def _broken(self, transfer: Outgoing, reason: str) -> None:
+        """Without a connection: soon once more, unless that has gone on for too long."""
+        now = time.monotonic()
+        pause_s = 0.0 if transfer.broken_s is None else RESUME_PAUSE_S
+        transfer.link = None
+        transfer.broken_s = now if transfer.broken_s is None else transfer.broken_s
+        if now - transfer.broken_s > RESUME_S:
+            self._over(transfer, False, reason)
+        else:
+            self._loop.at(now + pause_s, partial(self._resume, transfer))
+
+    def _resume(self, transfer: Outgoing) -> None:
+        """Over a new connection, from where the peer says."""
+        if transfer.closing:
+            return
+        try:
+            link = self._link(transfer.address)
+            link.begin(transfer, again=True)
+        except (OSError, WireError) as error:
+            self._broken(transfer, f"connection lost: {error}")
+            return
+        silent = partial(self._unanswered, transfer, transfer.broken_s)
+        self._loop.at((transfer.broken_s or 0.0) + RESUME_S, silent)
+        for push in transfer.pushed:
+            link.push(transfer, push)
+        if transfer.trailer is not None:
+            link.trail(transfer, transfer.trailer)
+        self._pump(link)
+
+    def _unanswered(self, transfer: Outgoing, broken_s: float | None) -> None:
+        """The peer took the new connection and does not say what it has."""
+        if transfer.broken_s == broken_s:
+            self._end(transfer, False, "connection lost: the peer does not go on")
 
     def _on_exit(self) -> None:
         for transfer in list(self._open_now.values()):
-            self._end(transfer, False, "closed")
+            self._over(transfer, False, transfer.ending or "closed")
         for link in list(self._links.values()):
             self._drop(link, "closed")
 
@@ -310,5 +380,4 @@ class StreamSender:
             assert all(not t.over for t in self._open_now.values())
         for link in self._links.values():
             link.check()
-        waiting = sum(link.queue_cost() for link in self._links.values())
-        assert waiting <= self._queue_bytes, "the queue weighs more than its account says"
+            assert self._queue_bytes == sum(t.cost for t in self._open_now.values())

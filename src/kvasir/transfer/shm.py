@@ -1,22 +1,20 @@
-"""Payloads in a ring of shared memory, everything else on a unix-domain socket.
+"""Cache memory that the peer maps, and a unix-domain socket for everything else.
 
-    P: planes --copy--> slot 0 | slot 1 | ... | slot n-1 --copy--> planes :D
-                        header with the slot ->, <- credit when it is free
+    P: planes in an arena ---------- mapped, read-only -----------> D: copies into its own planes
+       frame with the block ids and their checksum  -> socket ->       and compares checksums
 
-The sender makes the ring as anonymous memory (memfd), seals its size and passes the descriptor over
-the socket: when either process dies, however it dies, nothing stays behind but the socket's name in
-the run directory, which the next receiver there sweeps away. Slots are used in order.
+One copy. The sender's arena is anonymous memory (memfd) of a sealed size; its descriptor goes over
+the socket. When either process dies, however it dies, nothing stays behind but the socket's name in
+the run directory, which the next receiver there sweeps away. Planes that stand in no arena travel
+inline on the socket.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import mmap
 import os
 import secrets
 import socket
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,85 +22,61 @@ import numpy as np
 
 from kvasir.core.errors import ConfigError, WireError
 from kvasir.core.units import MIB
+from kvasir.transfer.arena import Arena, map_sealed
 from kvasir.transfer.base import Key, Kind
-from kvasir.transfer.frames import FrameKind, Hello, checksum, decode, encode, message
+from kvasir.transfer.frames import FrameKind, Hello, PlaneAt, decode, encode, message
+from kvasir.transfer.inline import InlineOutlet
 from kvasir.transfer.medium import Listening, Loaded
+from kvasir.transfer.memory import Limits, Memory
 
 if TYPE_CHECKING:
-    from kvasir.transfer.memory import Bytes, Memory, Piece
+    from kvasir.transfer.memory import Bytes, Ids, Piece
 
-SLOTS: Final = 8
-SLOTS_MAX: Final = 1024
-RING_BYTES_MAX: Final = 512 * MIB
+LIMITS: Final = Limits(16 * MIB, 16 * MIB, 1 * MIB)
 SOCKET_PATH_BYTES_MAX: Final = 100  # sun_path holds 108, 104 on some systems
 BACKLOG: Final = 128
 _SCHEME: Final = "shm://"
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-class RingOutlet:
-    """The sender's end: makes the ring, copies pieces into its slots."""
+class MappedOutlet:
+    """The sender's end: shows the peer its arena, and tells which blocks to take."""
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self._slots, self._slot_bytes = slots, slot_bytes
-        self._fd = os.memfd_create("kvasir-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self._fd, slots * slot_bytes)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self._fd, slots * slot_bytes)
-        except OSError:
-            os.close(self._fd)
-            raise
-        self._ring = np.frombuffer(self._map, np.uint8).reshape(slots, slot_bytes)
-        self._next = 0
-        self._in_use = 0
+    limits = LIMITS
+    lends: bool = True
+    one_sided: bool = False
+
+    def __init__(self, arena: Arena, planes: tuple[PlaneAt, ...]) -> None:
+        self._arena, self._planes = arena, planes
 
     def greet(self, sock: socket.socket) -> None:
-        hello = encode(Hello(self._slots, self._slot_bytes))
-        frame = message(FrameKind.HELLO, Key("", 0), 0, hello)
-        if socket.send_fds(sock, [frame], [self._fd]) != len(frame):
+        hello = Hello(self._arena.size, self._planes)
+        frame = message(FrameKind.HELLO, Key("", 0), 0, encode(hello))
+        if socket.send_fds(sock, [frame], [self._arena.fd]) != len(frame):
             raise BrokenPipeError("the peer's socket does not take a greeting")
-        self._close_fd()  # the mapping stays
 
-    def has_room(self) -> bool:
-        return self._in_use < self._slots
+    def welcome(self, payload: bytes | bytearray) -> None:
+        raise WireError(f"memory offered to a sender, in {len(payload)} bytes")
 
-    def load(self, memory: Memory, piece: Piece) -> Loaded:
-        assert self.has_room()
-        size = len(piece.ids) * memory.block_bytes(piece.layer, piece.plane)
-        slot, data = self._next, self._ring[self._next, :size]
-        memory.gather(piece, data)
-        self._next = (slot + 1) % self._slots
-        self._in_use += 1
-        return Loaded(checksum(data.data), slot, [])
+    def load(self, memory: Memory, piece: Piece, there: Ids | None) -> Loaded:
+        _ = there  # the peer knows
+        ids = piece.ids.astype("<u4")
+        return Loaded(FrameKind.PLACED, memory.checksum(piece), [memoryview(ids.tobytes())])
 
-    def credit(self, slots: int) -> None:
-        if slots > self._in_use:
-            raise WireError(f"credit for {slots} slots, {self._in_use} in use")
-        self._in_use -= slots
-
-    def close(self) -> None:
-        self._close_fd()
-        self._ring = np.empty((0, 0), np.uint8)
-        self._map.close()
-
-    def _close_fd(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def close(self) -> None: ...
 
 
-class RingInlet:
-    """The receiver's end: takes the peer's ring, read-only."""
+class MappedInlet:
+    """The receiver's end: maps the peer's memory, read-only."""
+
+    one_sided: bool = False
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._fd = -1
-        self._map: mmap.mmap | None = None
-        self._ring: Bytes = np.empty((0, 0), np.uint8)
+        self._peer: Memory | None = None
 
     def recv_into(self, buffer: memoryview) -> int:
-        if self._map is not None:
+        if self._peer is not None:
             return self._sock.recv_into(buffer)  # a descriptor sent now is closed by the kernel
         data, fds, _, _ = socket.recv_fds(self._sock, len(buffer), 1, socket.MSG_CMSG_CLOEXEC)
         for fd in fds:
@@ -111,30 +85,30 @@ class RingInlet:
         buffer[: len(data)] = data
         return len(data)
 
-    def hello(self, payload: bytes | bytearray) -> None:
+    def hello(self, payload: bytes | bytearray) -> bytes:
         hello = decode(payload, Hello)
-        if self._map is not None or self._fd < 0:
-            raise WireError("a greeting without a ring, or a second one")
-        if not 0 < hello.slots <= SLOTS_MAX or hello.slot_bytes <= 0:
-            raise WireError(f"a ring of {hello.slots} slots of {hello.slot_bytes} bytes")
-        size = hello.slots * hello.slot_bytes
-        if size > RING_BYTES_MAX:
-            raise WireError(f"a ring of {size} bytes, max {RING_BYTES_MAX}")
-        self._map = _map_sealed(self._fd, size)
-        self._ring = np.frombuffer(self._map, np.uint8).reshape(hello.slots, hello.slot_bytes)
+        if self._peer is not None or self._fd < 0:
+            raise WireError("a greeting without memory, or a second one")
+        mapped = map_sealed(self._fd, hello.size)
         self._close_fd()
+        try:
+            self._peer = Memory([[_plane(mapped, at)] for at in hello.planes])
+        except (ConfigError, ValueError) as error:
+            raise WireError(f"the peer's planes do not stand in its memory: {error}") from None
+        return b""
 
-    def slot(self, index: int, size: int) -> Bytes:
-        slots, slot_bytes = self._ring.shape
-        if index >= slots or size > slot_bytes:
-            raise WireError(f"{size} bytes in slot {index} of a {slots} x {slot_bytes} ring")
-        return self._ring[index, :size]
+    def bring(self, memory: Memory, piece: Piece, payload: bytes | bytearray) -> int:
+        peer, ids = self._peer, np.frombuffer(payload, "<u4").astype(np.int64)
+        if peer is None or ids.size != piece.ids.size or not peer.holds(ids):
+            raise WireError(f"{ids.size} blocks placed where the peer has none")
+        for plane in range(piece.plane, piece.plane + piece.planes):
+            if plane >= len(peer.planes) or peer.block_bytes(plane) != memory.block_bytes(plane):
+                raise WireError(f"{memory.place_of(plane)} is another one at the peer")
+        return memory.copy_from(peer, ids, piece)
 
     def close(self) -> None:
         self._close_fd()
-        self._ring = np.empty((0, 0), np.uint8)
-        if self._map is not None:
-            self._map.close()
+        self._peer = None  # the mapping goes with its last view
 
     def _close_fd(self) -> None:
         if self._fd >= 0:
@@ -143,10 +117,16 @@ class RingInlet:
 
 
 class ShmMedium:
-    """Addresses are `shm://` and a socket path; `bind` is the directory to make it in. Linux."""
+    """Addresses are `shm://` and a socket path. Linux.
 
-    def __init__(self, slots: int = SLOTS) -> None:
-        self._slots = slots
+    `run_dir`: the directory to listen in; `arena`: where a sender's planes stand, if peers may map
+    them.
+    """
+
+    resumes: bool = False  # it breaks when a process ends, not before
+
+    def __init__(self, run_dir: str = "", arena: Arena | None = None) -> None:
+        self._run_dir, self._arena = run_dir, arena
 
     @property
     def kind(self) -> Kind:
@@ -164,13 +144,14 @@ class ShmMedium:
             raise
         return sock
 
-    def listen(self, bind: str) -> Listening:
+    def listen(self) -> Listening:
         """The socket gets its name only when it listens, so a name that nobody answers is stale."""
-        folder = Path(bind)
+        folder = Path(self._run_dir)
         path = folder / f"kv-{os.getpid()}-{secrets.token_hex(4)}.sock"
-        if not folder.is_dir() or len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        fits = len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX
+        if not self._run_dir or not folder.is_dir() or not fits:
             raise ConfigError(
-                f"no socket can be made in {bind!r}",
+                f"no socket can be made in {self._run_dir!r}",
                 next_step=f"an existing directory, the path under {SOCKET_PATH_BYTES_MAX} bytes",
             )
         _sweep(folder)
@@ -191,24 +172,27 @@ class ShmMedium:
     def adopt(self, sock: socket.socket) -> None:
         sock.setblocking(False)
 
-    def outlet(self, frame_bytes_max: int) -> RingOutlet:
-        return RingOutlet(self._slots, frame_bytes_max)
+    def outlet(self, memory: Memory, frame_bytes_max: int) -> MappedOutlet | InlineOutlet:
+        if self._arena is not None:
+            offsets = [self._arena.offset_of(plane) for plane in memory.planes]
+            if None not in offsets:
+                planes = (
+                    PlaneAt(offset or 0, *plane.shape)
+                    for offset, plane in zip(offsets, memory.planes, strict=True)
+                )
+                return MappedOutlet(self._arena, tuple(planes))
+        return InlineOutlet(frame_bytes_max)
 
-    def inlet(self, sock: socket.socket) -> RingInlet:
-        return RingInlet(sock)
+    def inlet(self, sock: socket.socket) -> MappedInlet:
+        return MappedInlet(sock)
 
 
-def _map_sealed(fd: int, size: int) -> mmap.mmap:
-    """Map a peer's memory. Raises WireError unless it has that size for good: a file that shrank
-    under the mapping would kill this process."""
-    try:
-        found = os.fstat(fd)
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size or seals & _SEALS != _SEALS:
-            raise WireError("the ring's memory is not sealed at its size")
-        return mmap.mmap(fd, size, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise WireError(f"the ring cannot be mapped: {error}") from None
+def _plane(mapped: Bytes, at: PlaneAt) -> Bytes:
+    """Raises ValueError when it does not lie in the mapping."""
+    if min(at.offset, at.blocks, at.block_bytes) < 0:
+        raise ValueError(f"plane at {at.offset}")
+    end = at.offset + at.blocks * at.block_bytes
+    return mapped[at.offset : end].reshape(at.blocks, at.block_bytes)
 
 
 def _sweep(folder: Path) -> None:

@@ -69,7 +69,7 @@ class FrameReader:
         if self._header is None:
             self._header = header = unpack(self._header_bytes)
             self._sink = self._place(header)
-            self._left = header.inline_bytes
+            self._left = header.payload_bytes
             assert self._sink is None or len(self._sink) == self._left
             if self._left:
                 return

@@ -16,10 +16,13 @@ from kvasir.core.specs.faults import FaultSpec
 from kvasir.core.specs.hardware import HARDWARE, HardwareSpec
 from kvasir.core.specs.model import ModelShape
 from kvasir.core.specs.slo import SloSpec
+from kvasir.core.specs.speculate import SpeculateSpec
+from kvasir.core.specs.tiers import TiersSpec
 from kvasir.core.specs.topology import TopologySpec
 from kvasir.core.specs.workload import WorkloadSpec
 
 Role = Literal["prefill", "decode", "mixed"]
+TransportKind = Literal["auto", "shm", "nixl", "mooncake", "tcp"]
 TransferMode = Literal["streamed", "serial", "pull"]
 CurvePoint = tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]]
 
@@ -30,6 +33,11 @@ class ModelSpec(Spec):
     `fake_kv`: engine fake holds and moves as many KV bytes a token as the shape says, in place of
     32, so that links are loaded as the model would load them. `reasoning_parser: think`: chat
     answers may begin with <think> ... </think>, which is told apart as `reasoning_content`.
+    `adapters`: LoRA adapters (PEFT folders) by the name that a client asks for as `model`; at most
+    `adapters_max` at a time. With `allow_runtime_adapters` more are loaded and unloaded over HTTP,
+    from inside `adapters_folder`. `speculate`: guess tokens ahead; null guesses nothing.
+    Engine torch computes in `dtype` (auto: the one that the folder's config names), keeps linear
+    layers in 8 or 4 bits (`weights`) and KV in one byte a value (`kv`).
     """
 
     name: str
@@ -39,6 +47,26 @@ class ModelSpec(Spec):
     max_context: int | None = Field(default=None, gt=0)
     fake_kv: bool = False
     reasoning_parser: Literal["think"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["plain", "int8", "int4"] = "plain"
+    kv: Literal["int8", "fp8"] | None = None
+    adapters: dict[str, str] = Field(default_factory=dict)
+    adapters_max: int = Field(default=8, gt=0)
+    adapters_folder: str | None = None
+    allow_runtime_adapters: bool = False
+    speculate: SpeculateSpec | None = None
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> ModelSpec:
+        if len(self.adapters) > self.adapters_max:
+            what = f"{len(self.adapters)} adapters, but adapters_max is {self.adapters_max}"
+            raise wrong(what, "adapters")
+        if not all(self.adapters):
+            raise wrong("an adapter needs a name", "adapters")
+        if self.allow_runtime_adapters and self.adapters_folder is None:
+            what = "needs adapters_folder: nothing outside of it is loaded"
+            raise wrong(what, "allow_runtime_adapters")
+        return self
 
 
 class FittedCost(Spec):
@@ -149,7 +177,8 @@ Cost = Annotated[
 class PoolSpec(Spec):
     """`count` equal instances of `tp` x `pp` accelerators. `racks` or `nodes` (by the topology's
     names: `node-0`, or those that it lists) limit where they may stand. `kv_events`: they tell what
-    they have cached; without, the conductor guesses."""
+    they have cached; without, the conductor guesses. `tiers`: where KV goes when the device is
+    full; null forgets it."""
 
     name: str
     role: Role
@@ -166,6 +195,7 @@ class PoolSpec(Spec):
     kv_blocks: int | None = Field(default=None, gt=0)
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
     kv_events: bool = True
+    tiers: TiersSpec | None = None
     cost: Cost | None = None
 
     @field_validator("cost", mode="before")
@@ -250,13 +280,16 @@ class PolicySpec(Spec):
 class TransportSpec(Spec):
     """How KV bytes travel. `bytes_per_s_max` throttles each sender (None: not at all).
 
+    `kind`: `shm` on one host, `tcp` anywhere, `nixl` and `mooncake` where these are installed; with
+    `auto` each pair of workers uses what both can do, see `transfer/choice.py`.
+
     `mode`: `streamed` sends layer by layer while prefill computes, `serial` when it is over, `pull`
     too, and only when the decode side asks under DistServe's rule; it needs `decode_choice:
     prefill_end`. A prompt of less than `serial_tokens` is sent serially in any mode (Splitwise: 512
     on H100), as a copy per layer costs more than it hides. See `policy/handover.py`.
     """
 
-    kind: Literal["shm", "tcp"] = "shm"
+    kind: TransportKind = "shm"
     mode: TransferMode = "streamed"
     serial_tokens: int = Field(default=0, ge=0)
     bytes_per_s_max: float | None = Field(default=None, gt=0)
@@ -330,6 +363,7 @@ class Deployment(Spec):
         for pool in self.pools:
             self.hardware_of(pool)
             self.model_of(pool)
+        self._distinct_models()
         roles = {p.role for p in self.pools}
         if roles in ({"prefill"}, {"decode"}):
             raise ValueError(f"pools: only {roles.pop()} workers; add the other role, or use mixed")
@@ -338,6 +372,16 @@ class Deployment(Spec):
             raise wrong(what, "transport", "mode")
         check_endpoints(self.endpoints, self.worker_ids(), self.transport.kind)
         return self
+
+    def _distinct_models(self) -> None:
+        """What a client may ask for as `model` is one thing each."""
+        seen: set[str] = set()
+        for i, model in enumerate(self.models):
+            for name in (model.name, *model.adapters):
+                if name in seen:
+                    path = ("name",) if name == model.name else ("adapters", name)
+                    raise wrong(f"{name!r} is the name of two models", "models", i, *path)
+                seen.add(name)
 
     def hardware_of(self, pool: PoolSpec) -> HardwareSpec:
         own = {h.name: h for h in self.hardware}

@@ -21,8 +21,8 @@ class Endpoint(Spec):
 
     `control`: host:port where its messages come in, over TCP; every other process dials it, so the
     port is a fixed one. Empty: a socket file in the run directory, on one host. `kv`: the host
-    whose address KV comes in at, on any port (transport tcp; empty: loopback). `command` stands
-    before the worker's own and has to become it, as `ip netns exec NAME` does.
+    whose address KV comes in at, on any port (not with transport shm; empty: loopback). `command`
+    stands before the worker's own and has to become it, as `ip netns exec NAME` does.
 
     Neither is encrypted nor asks who is there: give addresses that only these processes reach.
     """
@@ -51,7 +51,7 @@ def check_endpoints(
             raise wrong(what, "endpoints", name, near=nearest(name, known))
         if name == MAIN and (own.kv or own.command):
             raise wrong("main takes no KV and starts by itself: only control", "endpoints", name)
-        if own.kv and transport != "tcp":
+        if own.kv and transport == "shm":
             what = f"kv is an address of transport tcp, this is {transport}"
             raise wrong(what, "endpoints", name, "kv")
     controls = {name: own.control for name, own in endpoints.items() if own.control}

@@ -20,7 +20,8 @@ class LayerSpec(Spec):
     """The KV that one layer keeps for one token.
 
     `kind` `kv`: K and V of `kv_heads` x `head_dim` each. `latent`: one vector of `head_dim`
-    (DeepSeek MLA: kv_lora_rank + rope dim), `kv_heads` is 1.
+    (DeepSeek MLA: kv_lora_rank + rope dim), `kv_heads` is 1. `scale_bytes`: beside each vector, of
+    values that are kept in one byte.
     """
 
     kind: Literal["kv", "latent"] = "kv"
@@ -28,11 +29,13 @@ class LayerSpec(Spec):
     head_dim: int = Field(gt=0)
     window: int | None = None
     dtype: str = "bfloat16"
+    scale_bytes: int = 0
 
     @property
     def token_bytes(self) -> int:
         planes = 2 if self.kind == "kv" else 1
-        return planes * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        vector_bytes = self.head_dim * DTYPE_BYTES[self.dtype] + self.scale_bytes
+        return planes * self.kv_heads * vector_bytes
 
 
 class ModelShape(Spec):
@@ -118,6 +121,8 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe", "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3", "OPTForCausalLM": "opt", "BloomForCausalLM": "bloom",
     "FalconForCausalLM": "falcon", "GPT2LMHeadModel": "gpt2", "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "KimiK2ForCausalLM": "kimi_k2", "GptOssForCausalLM": "gpt_oss",
     "MiniMaxM2ForCausalLM": "minimax_m2",
 }  # fmt: skip
@@ -151,25 +156,28 @@ def _from_hf(config: Mapping[str, Any], where: str) -> ModelShape:
     dense = maybe("intermediate_size", "ffn_dim") or 4 * hidden
     per_expert = maybe("moe_intermediate_size") or dense
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
+    architecture, layers = ARCHITECTURES[names[0]], need("num_hidden_layers", "n_layer")
+    window, everywhere = _window(text), _global_layers(text, architecture, layers)
     return ModelShape(
-        architecture=ARCHITECTURES[names[0]],
-        layers=need("num_hidden_layers", "n_layer"),
+        architecture=architecture,
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=maybe("head_dim") or hidden // heads,
         intermediate=per_expert if experts else dense,
         vocab=need("vocab_size"),
-        tied_embeddings=bool(text.get("tie_word_embeddings", False)),
-        gated_mlp=ARCHITECTURES[names[0]] not in ("opt", "bloom", "falcon", "gpt2"),
+        tied_embeddings=bool(text.get("tie_word_embeddings", architecture.startswith("gemma"))),
+        gated_mlp=architecture not in ("opt", "bloom", "falcon", "gpt2"),
         max_context=maybe("max_position_embeddings", "n_positions", "seq_length") or 2048,
         dtype=dtype if dtype in DTYPE_BYTES else "bfloat16",
-        window=_window(text),
-        global_layers=_global_layers(text),
+        window=window if everywhere < layers else None,
+        global_layers=everywhere if window and everywhere < layers else 0,
         kv_latent=_latent(text),
         experts=experts,
         experts_per_token=maybe("num_experts_per_tok"),
-        shared_expert_intermediate=maybe("n_shared_experts") * per_expert,
+        shared_expert_intermediate=maybe("shared_expert_intermediate_size")
+        or maybe("n_shared_experts") * per_expert,
     )
 
 
@@ -179,10 +187,17 @@ def _window(text: Mapping[str, Any]) -> int | None:
     return int(window) if window and in_use else None
 
 
-def _global_layers(text: Mapping[str, Any]) -> int:
-    """Layers that `layer_types` says attend to everything."""
-    kinds = text.get("layer_types")
-    return list(kinds).count("full_attention") if kinds and _window(text) else 0
+def _global_layers(text: Mapping[str, Any], architecture: str, layers: int) -> int:
+    """How many layers attend to everything, as `layer_types` says or the family implies."""
+    if kinds := text.get("layer_types"):
+        return list(kinds).count("full_attention")
+    if architecture == "gemma2":
+        return layers // 2
+    if architecture == "gemma3":
+        return layers // int(text.get("sliding_window_pattern") or 6)
+    if architecture in ("qwen2", "qwen3"):  # the first ones
+        return min(int(text.get("max_window_layers") or 0), layers)
+    return 0
 
 
 def _latent(text: Mapping[str, Any]) -> int:

@@ -39,6 +39,7 @@ _BOOLEANS: Final = {
     k for spec in (ModelShape, ModelSpec, MeasuredCost, PoolSpec, RouteSpec, CrossTraffic)
     for k, f in spec.model_fields.items() if f.annotation is bool
 }  # fmt: skip
+_NAMED: Final = (("adapters",),)  # keys under these are anybody's names, and say no unit
 _POOL_REFERENCE: Final = re.compile(r"^pools\.(?P<pool>.+): (?P<key>hardware|model) ")
 
 
@@ -243,7 +244,7 @@ def _convert(value: Any, path: Path, source: _Source) -> Any:
         if path[-1] not in _BOOLEANS:
             what = f"{_dotted(path)} is {str(value).lower()} (YAML's yes, no, on, off, true, false)"
             raise source.error(_Problem(path, what + "; put it in quotes if it is a name"))
-    elif isinstance(value, str) and path and _unit_of(str(path[-1])):
+    elif isinstance(value, str) and path and path[-2:-1] not in _NAMED and _unit_of(str(path[-1])):
         try:
             return _with_unit(str(path[-1]), value)
         except ValueError as error:

@@ -30,7 +30,8 @@ class WorkloadSpec(Spec):
     serve`). `on_off` is Poisson in stretches of mean `on_s`, silent in between for mean `off_s`;
     `rate` is over all. With `turns` > 1 requests come in sessions of that many turns on average,
     `think_s` apart on average; each turn's prompt is all before it and new tokens as `input` says,
-    and a session ends before a prompt exceeds `context_max`.
+    and a session ends before a prompt exceeds `context_max`. With `adapters` each request, or
+    session, is under one of so many LoRA adapters, all as likely; they share no prefix.
     """
 
     trace: str | None = None
@@ -48,5 +49,6 @@ class WorkloadSpec(Spec):
     prefix_share: float = Field(default=0.0, ge=0, le=1)
     prefix_groups: int = Field(default=8, gt=0)
     prefix_tokens: int = Field(default=1024, ge=0)
+    adapters: int = Field(default=0, ge=0)
     time_scale: float = Field(default=1.0, gt=0)
     limit: int | None = Field(default=None, gt=0)

@@ -51,12 +51,12 @@ class Bus:
 
 class Host:
     """`perform` adds to or replaces how effects are performed; `arriving` sees a message whole,
-    before the node gets it without token ids."""
+    before the node gets it without token ids. False: the node does not get it; it is fed later."""
 
     def __init__(
         self, node_id: NodeId, node: Node, bus: Bus, journal: Journal | None,
         perform: Mapping[type[fx.Effect], Perform],
-        arriving: Callable[[AnyMessage], None] | None = None,
+        arriving: Callable[[AnyMessage], bool] | None = None,
     ) -> None:  # fmt: skip
         self.id = node_id
         self.node = node
@@ -86,8 +86,8 @@ class Host:
             self._busy = False
 
     def _handle(self, message: AnyMessage) -> None:
-        if self._arriving is not None:
-            self._arriving(message)
+        if self._arriving is not None and not self._arriving(message):
+            return
         event = bare(message)
         now = time.monotonic()
         effects = self.node.handle(now, event)

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from kvasir.core import effects as fx
+from kvasir.core.errors import ModelError
 from kvasir.core.events import AnyEvent
 from kvasir.core.ids import NodeId, RequestId, WorkerId
+from kvasir.core.message import Tier
 from kvasir.core.messages import (
     AnyMessage,
     Dispatch,
@@ -27,18 +32,34 @@ from kvasir.core.messages import (
     StepDone,
     Tokens,
 )  # fmt: skip
+from kvasir.core.request import Adapter
 from kvasir.core.specs import TransportSpec
 from kvasir.engine.base import Runner, Sampled
 from kvasir.node.worker import Worker
-from kvasir.transfer import Receiver, ReceiveResult, Trailer, make_receiver, make_sender
+from kvasir.transfer import (
+    ANY_PORT,
+    Receiver,
+    ReceiveResult,
+    Trailer,
+    make_receiver,
+    make_sender,
+    open_media,
+)
 from kvasir.world.journal import Journal
 from kvasir.world.live.engine import EngineThread, Stream
 from kvasir.world.live.host import Bus, Host
+from kvasir.world.live.tiers import Answer, LiveTiers, Open
+from kvasir.world.live.ways import Ways
+
+if TYPE_CHECKING:
+    from kvasir.transfer.arena import Arena
 
 Key = tuple[RequestId, int]
 PERFORMS = (
-    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Release, fx.Timer, fx.Note,
+    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Store, fx.Restore, fx.Release, fx.Timer,
+    fx.Note,
 )  # fmt: skip
+NO_TIERS: Final[Mapping[Tier, Open]] = MappingProxyType({})
 
 
 class Opening(NamedTuple):
@@ -59,13 +80,14 @@ class LiveWorker:
         self, node: Worker, runner: Runner, bus: Bus, transport: TransportSpec, run_dir: str,
         *, journal: Journal | None, on_failure: Callable[[BaseException], None],
         observer: NodeId | None = None, kv_host: str = "",
+        shelves: Mapping[Tier, Open] = NO_TIERS, arena: Arena | None = None,
     ) -> None:  # fmt: skip
-        """`kv_host`: where KV comes in over TCP, loopback unless given. Raises ConfigError when it
-        is no address of this host."""
+        """`kv_host`: where KV comes in over TCP, loopback unless given. `shelves`: how to open each
+        tier. `arena`: where the runner's cache stands, if peers may map it. Raises ConfigError when
+        `kv_host` is no address of this host."""
         fx.require("the live worker", PERFORMS, ())
         self.id: WorkerId = node.config.worker
         self.runner = runner
-        self.kind = transport.kind
         self._bus = bus
         self._observer = observer
         self._loop = asyncio.get_running_loop()
@@ -73,38 +95,45 @@ class LiveWorker:
         self._openings: dict[Key, Opening] = {}
         self._prompts: dict[Key, Prompt] = {}
         self._sampled: dict[Key, Sampled] = {}  # by prefill: goes along with the KV
-        self._addresses: dict[WorkerId, str] = {}
         self._sending: set[Key] = set()
         planes = runner.planes()
+        media = open_media(
+            transport.kind, planes, run_dir=run_dir, bind=_any_port(kv_host), arena=arena
+        )
+        self._ways = Ways(self.id, [medium.kind for medium in media])
         self.sender = make_sender(
-            transport.kind, planes, on_over=self._on_over,
+            media, planes, on_over=self._on_over,
             bytes_per_s_max=transport.bytes_per_s_max, frame_bytes_max=transport.frame_bytes_max,
         )  # fmt: skip
-        self.receiver: Receiver = make_receiver(
-            transport.kind, planes, on_received=self._on_received,
-            bind=run_dir if transport.kind == "shm" else _any_port(kv_host),
-        )  # fmt: skip
+        self.receiver: Receiver = make_receiver(media, planes, on_received=self._on_received)
+        self._loads = ThreadPoolExecutor(1, "adapters")
         self.engine = EngineThread(
             runner, self._loop, push=self._push_layer, on_tokens=self._tokens,
             on_step=self._step_done, on_failure=on_failure,
         )  # fmt: skip
+        self.tiers = LiveTiers(
+            planes, shelves, self._on_tier, lambda error: self._call(lambda: on_failure(error))
+        )
         self.host = Host(
             self.id, node, bus, journal, arriving=self._arriving,
             perform={
                 fx.Tell: self._tell, fx.Step: self._step, fx.Cut: self._cut, fx.Send: self._send,
-                fx.Fetch: self._fetch, fx.Release: self._release, fx.Note: self._note,
+                fx.Fetch: self._fetch, fx.Store: self.tiers.store, fx.Restore: self.tiers.restore,
+                fx.Release: self._release, fx.Note: self._note,
             },
         )  # fmt: skip
 
     def close(self) -> None:
         self.host.close()
         self.engine.close()
+        self._loads.shutdown(cancel_futures=True)
+        self.tiers.close()
         self.sender.close()
         self.receiver.close()
 
     # --- messages in: take off what the node must not see -----------------------------------------
 
-    def _arriving(self, message: AnyMessage) -> None:
+    def _arriving(self, message: AnyMessage) -> bool:
         if isinstance(message, Dispatch):
             request = message.request
             key = (request.id, message.attempt)
@@ -114,11 +143,32 @@ class LiveWorker:
             )  # fmt: skip
             self._maybe_open(key)
         elif isinstance(message, Prompt):
-            key = (message.request_id, message.attempt)
-            self._prompts[key] = message
-            self._maybe_open(key)
+            return self._prompted(message)
         elif isinstance(message, KvWant):
-            self._addresses[message.target] = message.address
+            self._ways.learn(message.target, message.addresses)
+        return True
+
+    def _prompted(self, prompt: Prompt) -> bool:
+        """False: its adapter is read first, beside the steps that run, and it comes again."""
+        key = (prompt.request_id, prompt.attempt)
+        if prompt.fault:
+            return True
+        if prompt.adapter is not None and not self.runner.adapters.take(key, prompt.adapter):
+            self._loads.submit(self._load, prompt, prompt.adapter)
+            return False
+        self._prompts[key] = prompt
+        self._maybe_open(key)
+        return True
+
+    def _load(self, prompt: Prompt, adapter: Adapter) -> None:
+        """On the thread that loads. The node hears of a fault with the prompt."""
+        try:
+            self.runner.adapters.load(adapter, (prompt.request_id, prompt.attempt))
+        except Exception as error:
+            what = error.what if isinstance(error, ModelError) else repr(error)
+            fault = f"the adapter {adapter.name!r} cannot be loaded: {what}"
+            prompt = msgspec.structs.replace(prompt, adapter=None, fault=fault)
+        self._call(lambda: self.host.feed(prompt))
 
     def _maybe_open(self, key: Key) -> None:
         if key not in self._openings or key not in self._prompts:
@@ -133,7 +183,7 @@ class LiveWorker:
     def _tell(self, effect: fx.Tell) -> None:
         message = effect.message
         if isinstance(message, KvWant):
-            message = msgspec.structs.replace(message, address=self.receiver.address)
+            message = msgspec.structs.replace(message, addresses=self.receiver.addresses)
         self._bus.tell(self.id, effect.to, message)
 
     def _step(self, effect: fx.Step) -> None:
@@ -146,7 +196,10 @@ class LiveWorker:
         key = (effect.request_id, effect.attempt)
         if key not in self._sending:
             self._sending.add(key)
-            self.sender.open(*key, self._addresses.get(effect.to, ""), effect.deadline)
+            address, said = self._ways.open(key, effect.to, effect.bytes, effect.last)
+            if said is not None:
+                self.observe(said)
+            self.sender.open(*key, address, effect.deadline)
         if effect.step is not None:
             stream = Stream(*key, effect.first_block, effect.blocks)
             self.engine.stream(effect.step, stream)
@@ -178,6 +231,7 @@ class LiveWorker:
         if key in self._sending:
             self.sender.stop(*key)
         self.receiver.forget(*key)
+        self.tiers.release(*key)
         self.engine.do(lambda: self.runner.close(*key))
 
     def _note(self, effect: fx.Note) -> None:
@@ -193,14 +247,16 @@ class LiveWorker:
 
     def _tokens(self, batch: Sequence[Sampled]) -> None:
         by_gateway: dict[NodeId, list[Drawn]] = {}
-        for one in batch:
-            key = (one.request_id, one.attempt)
+        for key, group in groupby(batch, key=lambda one: (one.request_id, one.attempt)):
+            row = list(group)
+            first, last = row[0], row[-1]
             opening = self._openings.get(key)
             if opening is not None and opening.ships:
-                self._sampled[key] = one
-            tokens = array("I", (one.token,)).tobytes()
-            drawn = Drawn(*key, one.index, 1, tokens, one.end, _told(one))
-            by_gateway.setdefault(one.gateway, []).append(drawn)
+                self._sampled[key] = last
+            tokens = array("I", [one.token for one in row]).tobytes()
+            logprobs = tuple([told for one in row for told in _told(one)])
+            drawn = Drawn(*key, first.index, len(row), tokens, last.end, logprobs)
+            by_gateway.setdefault(first.gateway, []).append(drawn)
         for gateway, rows in by_gateway.items():
             self._bus.tell(self.id, gateway, Tokens(tuple(rows)))
 
@@ -208,10 +264,12 @@ class LiveWorker:
         self.host.feed(done)
 
     def _on_over(self, request_id: RequestId, attempt: int, ok: bool, reason: str) -> None:
-        self._call(lambda: self._over(SendOver(request_id, attempt, ok)))
+        self._call(lambda: self._over(SendOver(request_id, attempt, ok), reason))
 
-    def _over(self, message: SendOver) -> None:
-        self._sending.discard((message.request_id, message.attempt))
+    def _over(self, message: SendOver, reason: str) -> None:
+        key = (message.request_id, message.attempt)
+        self._sending.discard(key)
+        self._ways.over(key, message.ok, reason, self.sender.timeline(*key))
         self.host.feed(message)
 
     def _on_received(self, result: ReceiveResult) -> None:
@@ -241,6 +299,9 @@ class LiveWorker:
             )
             self._bus.tell(self.id, opening.gateway, Tokens((drawn,)))
 
+    def _on_tier(self, answer: Answer) -> None:
+        self._call(lambda: self.host.feed(answer))
+
     def _call(self, action: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(action)
@@ -252,7 +313,7 @@ def _told(one: Sampled) -> tuple[Logprobs, ...]:
     return (one.logprobs,) if one.logprobs is not None else ()
 
 
-def _any_port(host: str) -> str | None:
+def _any_port(host: str) -> str:
     if not host:
-        return None
+        return ANY_PORT
     return f"[{host}]:0" if ":" in host else f"{host}:0"

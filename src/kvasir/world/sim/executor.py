@@ -16,6 +16,7 @@ from kvasir.core.effects import Row, Step
 from kvasir.core.ids import RequestId, StepId
 from kvasir.core.messages import Drawn, RowDone
 from kvasir.cost.step import StepModel
+from kvasir.world.sim.guesses import GuessedRun, Luck, Round
 
 Key = tuple[RequestId, int]
 End = Literal["", "stop", "length"]
@@ -36,7 +37,8 @@ class Outcome(NamedTuple):
     `rows` as in `StepDone`; `drawn` is what clients see of it now: a carried row's tokens are told
     with its second, at its end, and when somebody asks. `joined` and `together` are the rows that
     drew, one by one and the number of those that drew in the step before, `idle_s` earlier.
-    `everyone` has the latter's names when asked for.
+    `everyone` has the latter's names when asked for. `rounds` are of the rows that guess, which
+    are in neither.
     """
 
     started: float
@@ -50,6 +52,7 @@ class Outcome(NamedTuple):
     together: int
     idle_s: float
     everyone: tuple[RequestId, ...]
+    rounds: tuple[tuple[RequestId, list[Round]], ...] = ()
 
 
 class Lane:
@@ -66,13 +69,17 @@ class Lane:
 
 
 class Executor:
-    """One worker's compute. At most one step runs. `names`: outcomes say who decoded."""
+    """One worker's compute. At most one step runs. `names`: outcomes say who decoded.
+    `acceptance`: how likely a guessed token is right."""
 
     def __init__(
-        self, model: StepModel, outputs: Callable[[RequestId], int], *, names: bool = False
-    ) -> None:
+        self, model: StepModel, outputs: Callable[[RequestId], int], *, names: bool = False,
+        acceptance: float = 0.0,
+    ) -> None:  # fmt: skip
         self._model = model
         self._outputs = outputs
+        self._luck = Luck(outputs, acceptance)
+        self._guessed: GuessedRun | None = None  # of the running step, when rows guess
         self._names = names
         self.step: Step | None = None
         self.version = 0
@@ -151,28 +158,49 @@ class Executor:
             else:
                 self._others.append(row)
         assert len(self._lanes) + len(self._others) == len(step.rows) + step.carried, step
-        if any(row.count > 1 or not row.sample for row in self._others):
+        single = any(row.count > 1 or not row.sample for row in self._others)
+        if self._others and any(row.draft for row in self._others):
+            seconds = self._guess(1 if single else step.steps)
+        elif single:
             self._steps, self._batch = 1, 0
             rows = [(row.count, row.start) for row in self._others]
-            behind = self._ticks
-            rows += [(1, lane.row.start + behind - lane.tick) for lane in self._lanes.values()]
+            rows += [(1, position) for position in self._positions()]
             self.first_s = seconds = self._model.batch(rows)
         else:
             seconds = self._run(step)
         self.ends_at = now + seconds
         return tuple(told)
 
+    def _positions(self) -> list[int]:
+        """That each lane computes next."""
+        ticks = self._ticks
+        return [lane.row.start + ticks - lane.tick for lane in self._lanes.values()]
+
+    def _guess(self, steps: int) -> float:
+        """Seconds of a step in which rows guess."""
+        if self._lanes:
+            steps = min(steps, self._next_end() - self._ticks)
+        run = GuessedRun(self._model, self._others, self._positions(), max(1, steps), self._luck)
+        self._guessed, self._steps, self._batch = run, run.steps, 0
+        self.first_s = run.ends[0]
+        return run.ends[-1]
+
+    def _next_end(self) -> int:
+        """The tick at which the first lane ends."""
+        ends = self._ends
+        while ends[0][2].ends_at != ends[0][0]:
+            heappop(ends)
+        return ends[0][0]
+
     def _run(self, step: Step) -> float:
         """Seconds of a step in which every row decodes."""
-        lanes, others, ends = len(self._lanes), self._others, self._ends
+        lanes, others = len(self._lanes), self._others
         self._batch = lanes + len(others)
         self._context = self._starts + lanes * (self._ticks + 1)
         self._context += sum(row.start + 1 for row in others)
         steps = step.steps
         if lanes:
-            while ends[0][2].ends_at != ends[0][0]:
-                heappop(ends)
-            steps = min(steps, ends[0][0] - self._ticks)
+            steps = min(steps, self._next_end() - self._ticks)
         if others:
             steps = min(steps, *(self._outputs(row.request_id) - row.index for row in others))
         self._steps = max(1, steps)
@@ -187,11 +215,24 @@ class Executor:
                 lane.told += 1
                 row = lane.row
                 found.append(Drawn(row.request_id, row.attempt, row.index, 1))
+        if self._guessed is not None:
+            for row in self._others:
+                if row.draft and row.index == 0:
+                    found += self._rounds_untold(row, self._guessed, 1)
         return tuple(found)
+
+    def _rounds_untold(self, row: Row, run: GuessedRun, steps: int) -> list[Drawn]:
+        """What a row that guesses drew in its first `steps` iterations, and nobody was told."""
+        first = run.told.get(row.request_id, 0)
+        count = sum(one.sampled for one in run.rounds(row.request_id, steps)) - first
+        run.told[row.request_id] = first + count
+        return [Drawn(row.request_id, row.attempt, row.index + first, count)] if count else []
 
     @property
     def joins(self) -> bool:
-        return any(lane.told == lane.row.index for lane in self._joining)
+        if any(lane.told == lane.row.index for lane in self._joining):
+            return True
+        return self._guessed is not None and any(row.index == 0 for row in self._others)
 
     @property
     def requests(self) -> list[RequestId]:
@@ -203,13 +244,24 @@ class Executor:
         step = self.step
         if step is None or step.id != step_id or self._steps == 1:
             return None
-        done = self._model.steps_within(self._batch, self._context, now - self.started)
+        done = self._done(now)
         if done + 1 >= self._steps:
             return None
         self._steps = done + 1
         self.version += 1
-        self.ends_at = self.started + self._model.elapsed(self._batch, self._context, self._steps)
+        run = self._guessed
+        self.ends_at = self.started + (
+            run.ends[done] if run is not None
+            else self._model.elapsed(self._batch, self._context, self._steps)
+        )  # fmt: skip
         return self.ends_at
+
+    def _done(self, now: float) -> int:
+        """Iterations of the running step that are over, when it has several."""
+        seconds = now - self.started
+        if self._guessed is not None:
+            return self._guessed.within(seconds)
+        return self._model.steps_within(self._batch, self._context, seconds)
 
     def finish(self) -> Outcome:
         """The running step is over as planned."""
@@ -221,10 +273,7 @@ class Executor:
         step = self.step
         if step is None:
             return None
-        done = 0
-        if self._batch and self._steps > 1:
-            done = self._model.steps_within(self._batch, self._context, now - self.started)
-            done = min(done, self._steps)
+        done = min(self._done(now), self._steps) if self._steps > 1 else 0
         outcome = self._close(now, done)
         rest = [drawn for lane in self._lanes.values() for drawn in self._untold(lane)]
         return outcome._replace(drawn=outcome.drawn + tuple(rest))
@@ -235,7 +284,10 @@ class Executor:
         self.step = None
         self.version += 1
         first_s = last_s = ended - self.started
-        if steps > 1:
+        run, self._guessed = self._guessed, None
+        if steps > 1 and run is not None:  # a line with the right sum
+            first_s, last_s = run.ends[0], max(0.0, 2 * run.ends[steps - 1] / steps - run.ends[0])
+        elif steps > 1:
             first_s = self._model.iteration_seconds(self._batch, self._context, 0)
             last_s = self._model.iteration_seconds(self._batch, self._context, steps - 1)
         idle_s = self.started - self.ended
@@ -251,12 +303,17 @@ class Executor:
             self._young = [lane for lane in young if lane.told < lane.second]
         # The second token of a text is told apart too.
         self._joining = [lane for lane in new if self._index(lane) == 1]
-        rows = [self._row_done(row, steps, drawn, joined) for row in step.rows]
+        rows = [
+            self._guesses_done(row, run, steps, drawn) if row.draft and run is not None
+            else self._row_done(row, steps, drawn, joined)
+            for row in step.rows
+        ]  # fmt: skip
         rows += self._ended_unnamed(steps, drawn)
         self.ended = ended
         return Outcome(
             self.started, ended, steps, first_s, last_s, tuple(rows), tuple(drawn), tuple(joined),
             together if steps else 0, idle_s, everyone,
+            _rounds_of(step, run, steps) if run is not None else (),
         )  # fmt: skip
 
     def _everyone(self) -> tuple[RequestId, ...]:
@@ -281,6 +338,19 @@ class Executor:
             if row.stays and not end:
                 self._stay(row)
         return RowDone(*key, sampled, end)
+
+    def _guesses_done(
+        self, row: Row, run: GuessedRun, steps: int, drawn: list[Drawn]
+    ) -> RowDone:
+        rounds = run.rounds(row.request_id, steps)
+        drawn += self._rounds_untold(row, run, steps)
+        sampled = sum(one.sampled for one in rounds)
+        end = self._end(row, row.index + sampled) if sampled else ""
+        return RowDone(
+            row.request_id, row.attempt, sampled, end,
+            drafted=sum(one.drafted for one in rounds),
+            accepted=sum(one.accepted for one in rounds),
+        )  # fmt: skip
 
     def _stay(self, row: Row) -> None:
         """A row that ended its prefill here and decodes from now on."""
@@ -310,3 +380,9 @@ class Executor:
         if index >= row.end_at:
             return "length"
         return "stop" if index >= self._outputs(row.request_id) else ""
+
+
+def _rounds_of(
+    step: Step, run: GuessedRun, steps: int
+) -> tuple[tuple[RequestId, list[Round]], ...]:
+    return tuple((r.request_id, run.rounds(r.request_id, steps)) for r in step.rows if r.draft)

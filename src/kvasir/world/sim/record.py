@@ -5,6 +5,8 @@ Listens at the gateway, where users would measure. Decides nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvasir.core.events import (
     AnyEvent,
     Closed,
@@ -13,12 +15,16 @@ from kvasir.core.events import (
     Recomputed,
     Retried,
     Routed,
+    Speculated,
+    TierHit,
+    TierPassed,
 )  # fmt: skip
 from kvasir.core.ids import RequestId
 from kvasir.core.messages import Done, Report
 from kvasir.measure.itl import ItlRuns
 from kvasir.measure.summary import RequestOutcome
 from kvasir.world.sim.executor import Outcome
+from kvasir.world.sim.guesses import Round
 
 
 class Recorder:
@@ -59,9 +65,28 @@ class Recorder:
                 self.itl.add(steps - 1, second_s, outcome.last_s, together, first_at)
         elif together:
             self.itl.add(steps, outcome.first_s, outcome.last_s, together, started)
+        for request_id, rounds in outcome.rounds:
+            self._guessed(request_id, rounds, started)
         for request_id in outcome.everyone:
             assert self._own is not None
             self._own_gaps(self._own, request_id, gap_s, outcome)
+
+    def _guessed(self, request_id: RequestId, rounds: Sequence[Round], started: float) -> None:
+        """A row that guesses: the tokens of one iteration come together."""
+        runs = [self.itl]
+        if self._own is not None:
+            runs.append(self._own.setdefault(request_id, ItlRuns()))
+        for one in rounds:
+            at, last = started + one.at, self._last_token.get(request_id)
+            gap_s = at - last if last is not None and at >= last else None
+            for run in runs:
+                if gap_s is not None:
+                    run.add(1, gap_s, gap_s, 1, at - gap_s)
+                if one.sampled > 1:
+                    run.add(one.sampled - 1, 0.0, 0.0, 1, at)
+            if one.first <= 1 < one.first + one.sampled and (one.first == 0 or gap_s is not None):
+                self._second_delay[request_id] = gap_s if one.first == 1 and gap_s else 0.0
+            self._last_token[request_id] = at
 
     def left(self, request_id: RequestId, at: float) -> None:
         """A row left its batch; `at` is when it drew its last token there."""
@@ -108,6 +133,13 @@ class Recorder:
         elif isinstance(event, (Recomputed, Preempted)):
             key = f"{name}.tokens"
             self.counts[key] = self.counts.get(key, 0) + event.tokens
+        elif isinstance(event, (TierHit, TierPassed)):
+            what = event.tier if isinstance(event, TierHit) else event.why
+            key = f"{name}: {what}, tokens"
+            self.counts[key] = self.counts.get(key, 0) + event.tokens
+        elif isinstance(event, Speculated):
+            for key, tokens in (("drafted", event.drafted), ("accepted", event.accepted)):
+                self.counts[f"{name}.{key}"] = self.counts.get(f"{name}.{key}", 0) + tokens
         elif isinstance(event, Retried):
             key = f"Retried: {event.reason.split(' ', 1)[-1]}"
             self.counts[key] = self.counts.get(key, 0) + 1

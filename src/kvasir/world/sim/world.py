@@ -16,6 +16,7 @@ import msgspec
 
 from kvasir.core import effects as fx
 from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.message import Message
 from kvasir.core.messages import (
     Alarm,
     AnyMessage,
@@ -25,9 +26,6 @@ from kvasir.core.messages import (
     Hangup,
     Location,
     Lost,
-    Message,
-    Received,
-    SendOver,
     Start,
     StepDone,
     Tokens,
@@ -51,13 +49,15 @@ from kvasir.world.sim.faults import Death, Faults
 from kvasir.world.sim.network import SimNetwork
 from kvasir.world.sim.record import Recorder
 from kvasir.world.sim.telemetry import Telemetry
+from kvasir.world.sim.tiers import SimTiers
 from kvasir.world.sim.traffic import befall
 from kvasir.world.sim.transfers import Running, Transfers
 
 GATEWAY = "gateway-0"
 MESSAGE_S = 100e-6  # one control message, one way
 PERFORMS = (
-    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Release, fx.Timer, fx.Reply, fx.Refuse, fx.Note,
+    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Store, fx.Restore, fx.Release, fx.Timer,
+    fx.Reply, fx.Refuse, fx.Note,
 )  # fmt: skip
 CLOSES = (Hangup, Lost, Alarm)
 Journals = Callable[[NodeId, str, dict[str, Any]], Journal]
@@ -113,6 +113,7 @@ class SimWorld:
         self.transfers = Transfers(
             self.network, self.schedule, self.locations, self._local, layers, lambda: self.now
         )
+        self.tiers = SimTiers(self.schedule, self._local, lambda: self.now)
         self._models = models or models_of(deployment)
         self._start_nodes()
 
@@ -149,9 +150,14 @@ class SimWorld:
         )  # fmt: skip
         model = self._models[config.pool]
         names = self.deployment.slo.itl_p99_s is not None
-        executor = Executor(model, self._outputs.__getitem__, names=names)
+        guess = self.deployment.model_of(self.deployment.pool_of(worker)).speculate
+        executor = Executor(
+            model, self._outputs.__getitem__, names=names,
+            acceptance=guess.acceptance if guess is not None else 0.0,
+        )  # fmt: skip
         self._boot(worker, incarnation, "worker", Worker(config), msgspec.to_builtins(config),
                    executor)  # fmt: skip
+        self.tiers.boot(worker, config)
 
     def _boot(
         self, node_id: NodeId, incarnation: int, kind: str, node: Node, config: dict[str, Any],
@@ -263,8 +269,8 @@ class SimWorld:
             self._serial += 1
             heappush(self._heap, (at, self._serial, host, message))
 
-    def _local(self, worker: WorkerId, message: Received | SendOver) -> None:
-        """What a worker's own transport tells it: never lost."""
+    def _local(self, worker: WorkerId, message: Message) -> None:
+        """What a worker's own transport and tiers tell it: never lost."""
         host = self.hosts.get(worker)
         if host is not None:
             self._push(self.now, host, message)
@@ -341,6 +347,13 @@ class SimWorld:
             key = (effect.request_id, effect.attempt)
             self._told(host.executor, host.executor.release(key))
         self.transfers.release(host.id, effect.request_id, effect.attempt)
+        self.tiers.release(host.id, effect.request_id, effect.attempt)
+
+    def _store(self, host: Host, effect: fx.Store) -> None:
+        self.tiers.store(host.id, effect)
+
+    def _restore(self, host: Host, effect: fx.Restore) -> None:
+        self.tiers.restore(host.id, effect)
 
     def _timer(self, host: Host, effect: fx.Timer) -> None:
         self._push(effect.at, host, Alarm(effect.name))
@@ -363,8 +376,8 @@ class SimWorld:
 
     _perform: ClassVar[dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]]] = {
         fx.Tell: _tell, fx.Step: _step, fx.Cut: _cut, fx.Send: _send_kv, fx.Fetch: _fetch_kv,
-        fx.Release: _release, fx.Timer: _timer, fx.Reply: _reply, fx.Refuse: _refuse,
-        fx.Note: _note,
+        fx.Store: _store, fx.Restore: _restore, fx.Release: _release, fx.Timer: _timer,
+        fx.Reply: _reply, fx.Refuse: _refuse, fx.Note: _note,
     }  # fmt: skip
 
     # --- what happens by itself -------------------------------------------------------------------
@@ -389,6 +402,7 @@ class SimWorld:
             keys=arrival.keys(d.block_size),
             gateway=GATEWAY,
             session=arrival.session,
+            adapter=arrival.adapter,
             arrival_s=self.now,
             sampling=Sampling(temperature=0.0, ignore_eos=True),
         )
@@ -417,6 +431,7 @@ class SimWorld:
         host.alive = False
         del self.hosts[death.worker]
         self.transfers.worker_died(death.worker)
+        self.tiers.died(death.worker)
         self.send(CONDUCTOR, WorkerGone(death.worker, host.incarnation, "died"))
         self.schedule(
             death.back_at, lambda: self.boot_worker(death.worker, host.incarnation + 1)
