@@ -418,7 +418,7 @@ async def waiting_for_its_prefill(c: Cluster) -> Pieces:
     c.submit(OTHER, 40, name="other")
     await c.until(lambda: c.gates["prefill-0"].stopped)
     _, pieces = c.submit(LEFT, 40, name="left")
-    await c.until(lambda: c.node("prefill-0").waiting)
+    await c.until(lambda: c.node("prefill-0").steps.waiting)
     return pieces
 
 
@@ -459,7 +459,7 @@ async def in_its_decode(c: Cluster) -> Pieces:
     _, pieces = c.submit(LEFT, 100, name="left")
     gate.let(2)
     await c.until(lambda: gate.stopped and "left" in c.works("decode-0"))
-    await c.until(lambda: gate.stopped and c.node("decode-0").cohort.ticks > 0)
+    await c.until(lambda: gate.stopped and c.node("decode-0").steps.cohort.ticks > 0)
     return pieces
 
 
@@ -544,7 +544,7 @@ def test_blocks_in_a_transfer_are_held_until_it_is_over(
     folder: Path, layout: Layout, worker: str
 ) -> None:
     """Over is what the transport says: here it takes its time to say it."""
-    unsaid: list[Any] = []
+    unsaid: list[tuple[Any, ...]] = []
 
     async def main() -> None:
         deployment = deployment_of(
@@ -555,12 +555,12 @@ def test_blocks_in_a_transfer_are_held_until_it_is_over(
             live: Any = c.workers[worker]
             name = "_over" if worker == "prefill-0" else "_received"
             say = getattr(live, name)
-            setattr(live, name, unsaid.append)
+            setattr(live, name, lambda *said: unsaid.append(said))
             held = c.node(worker).pool.held
             await pieces.aclose()
             await c.until(lambda: unsaid and "left" not in c.works(worker))
             assert c.node(worker).pool.held == held == 5 and c.node(worker).quarantine
-            say(unsaid[0])
+            say(*unsaid[0])
             await c.at_rest()
 
     run(main())

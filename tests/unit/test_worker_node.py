@@ -771,3 +771,24 @@ def test_the_beat_tells_what_is_served_and_how_fast() -> None:
     assert load.iteration_s == pytest.approx(0.05 + 0.2 * 0.05), "a mean that the newest moves"
     assert (load.leases, load.running, load.waiting) == (1, 1, 0)
     assert load.kv_blocks_free == w.node.pool.available
+
+
+def test_who_loses_the_head_of_its_hits_to_a_neighbour_waits_on() -> None:
+    """Blocks of its prefix that others hold count for nothing once the cached one before them is
+    evicted by who enters just before it: then it needs more blocks than its admission said."""
+    w = worker(kv_blocks=8, batch_max=8)
+    head, tail = keys(1, 7), keys(3, 8)[1:]
+    for name, own in (("s", head), ("t", keys(3, 9))):  # leave 1 and 3 cached blocks, in this order
+        step = begin(w, name, BLOCK * len(own), output=1, keys=own).one(Step)
+        w(over(step, ends=[name]))
+    held = begin(w, "r", 3 * BLOCK + 1, keys=(*keys(1, 6), *tail)).one(Step)
+    assert w.node.pool.held == 4 and w.node.pool.available == 4
+
+    begin(w, "a", 2 * BLOCK)
+    begin(w, "b", 3 * BLOCK + 1, keys=(*head, *tail))
+    step = w(over(held)).one(Step)
+    assert [row.request_id for row in step.rows] == ["a"] and step.carried == 1
+    assert [work.id for work in w.node.steps.waiting] == ["b"]
+
+    step = w(over(step, ends=["a"])).one(Step)
+    assert [row.request_id for row in step.rows] == ["b"]

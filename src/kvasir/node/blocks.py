@@ -45,6 +45,12 @@ class Blocks:
         usable = work.known if whole else work.known - 1
         return self.pool.match(work.keys[: usable // self.size])
 
+    def fits(self, work: Work, hits: list[BlockId]) -> bool:
+        """Whether `take` would find blocks enough now. What a batch policy was told of a waiting
+        attempt may be over: blocks of its prefix that others hold are no hits any more when the
+        cached ones before them were evicted."""
+        return self.pool.missing_for(hits, self.count(work.known)) <= 0
+
     def take(self, work: Work, hits: list[BlockId]) -> None:
         """Give an attempt that holds nothing its hits, and fresh blocks for all other tokens."""
         self.pool.take(hits)

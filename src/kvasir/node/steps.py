@@ -185,11 +185,9 @@ class Steps:
         named = self.cohort.to_name(grown)
         carried = len(self.cohort.members) - len(named)
         parts += [(work, 1) for work in named]
-        for work in entering:
-            self.waiting.remove(work)
         for work, count in zip(entering, plan.admitted, strict=True):
-            self._enter(work)
-            parts.append((work, min(count, work.known - work.computed)))
+            if self._enter(work):
+                parts.append((work, min(count, work.known - work.computed)))
         if not parts and not carried:
             return
         steps = plan.steps
@@ -221,13 +219,18 @@ class Steps:
         if self.cohort.leave(work):
             self._dropped.append((work.id, work.attempt))
 
-    def _enter(self, work: Work) -> None:
-        """From the queue into the running set, with blocks for all known tokens."""
+    def _enter(self, work: Work) -> bool:
+        """From the queue into the running set, with blocks for all known tokens. False when who
+        entered before it evicted the head of its hits: it stays where it is."""
         hits = self._blocks.hits(work)
+        if not self._blocks.fits(work, hits):
+            return False
+        self.waiting.remove(work)
         self._blocks.take(work, hits)
         work.computed = len(hits) * self._blocks.size
         self._tiers.used(work, 0, len(hits), again=True)
         self._begin(work)
+        return True
 
     def loaded(self, work: Work, now: float) -> None:
         """What came out of a tier is in its blocks: it runs from the next step on."""

@@ -187,7 +187,7 @@ class Tiers:
             return False
         hits = self._blocks.hits(work)
         shelves = list(self._shelves(work, len(hits)))
-        if not shelves:
+        if not shelves or not self._blocks.fits(work, hits):
             return False
         assert self._config.tiers is not None
         rules = self._config.tiers
