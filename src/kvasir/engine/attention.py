@@ -326,20 +326,18 @@ def _attend_singles(
     """[rows, heads, head_dim] of rows of one token; `query` likewise; K and V that each row sees.
 
     A single token needs no mask, so heads that share KV can be queries of one head: the cache is
-    read once, 6 times faster than enable_gqa in bfloat16 on a CPU.
+    read once, 6 times faster than enable_gqa in bfloat16 on a CPU. In float32, which bfloat16 is
+    widened to, a CPU's kernel takes half the time (850 tokens of 4 heads: 114 us against 216).
     """
     rows, heads, dim = query.shape
     kv_heads = seen[0][0].shape[1]
-    grouped = query.reshape(rows, 1, kv_heads, heads // kv_heads, dim)
-    lone = heads == kv_heads and query.dtype == torch.bfloat16
-    if lone:  # one row falls into a product that is 2 to 3 times slower than that of two
-        grouped = grouped.expand(-1, -1, -1, 2, -1)
+    grouped = query.float().reshape(rows, 1, kv_heads, heads // kv_heads, dim)
     outs = [
-        scaled_dot_product_attention(one, key, value, scale=scale)
+        scaled_dot_product_attention(one, key.float(), value.float(), scale=scale)
         for one, (key, value) in zip(grouped.unbind(), seen, strict=True)
     ]
     out = outs[0] if rows == 1 else torch.cat(outs)
-    return (out[:, :, :1] if lone else out).reshape(rows, heads, -1)
+    return out.reshape(rows, heads, -1).to(query.dtype)
 
 
 def _attend_one(

@@ -107,10 +107,12 @@ def _flash(
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.view(rows, kv_heads, -1, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
+    if rows == 1:  # few queries are quicker in float32, see engine.attention
+        grouped, key, value = grouped.float(), key.float(), value.float()
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         grouped, key, value, scale=scale
     )
     return Part(
-        out.view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, heads, dim),
+        out.to(query.dtype).view(kv_heads, rows, -1, dim).transpose(0, 1).reshape(rows, heads, dim),
         lse.view(kv_heads, rows, -1).transpose(0, 1).reshape(rows, heads),
     )

@@ -88,8 +88,6 @@ class Blocks:
 
     def news(self) -> Sequence[KvEvents]:
         """What appeared and vanished since the last call, tier by tier; nothing if nobody tells."""
-        if not (self.pool.added or self.pool.removed or self.below):
-            return ()
         told: list[KvEvents] = []
         if self.pool.added or self.pool.removed:
             self._news("device", self.pool, told)

@@ -22,7 +22,7 @@ from kvasir.node.tiers import Tiers
 from kvasir.node.window import Window
 from kvasir.node.work import Stage, Work
 from kvasir.policy import batch
-from kvasir.policy.speculate import draft_tokens
+from kvasir.policy.speculate import Drafting, draft_tokens
 
 ITERATION_WEIGHT = 0.2  # of the newest sample in the mean iteration time
 
@@ -123,12 +123,13 @@ class Steps:
         sends one to wait for blocks of a tier."""
         self._now = now
         while self.step is None and (self.running or self.waiting):
-            self._allow_guesses()
+            if self._config.speculate is not None:
+                self._allow_guesses(self._config.speculate)
             plan = self._decide(self._window)
             chosen = self._chosen(plan)
             order = plan.order or range(len(plan.admitted))
             entering = [self.waiting[i] for i in order]
-            if self._load(entering):
+            if entering and self._tiers.states and self._load(entering):
                 continue  # who of the others runs now is another question
             victims = [self.running[i] for i in plan.preempted]
             for work in victims:
@@ -145,11 +146,8 @@ class Steps:
             self.waiting.remove(work)
         return bool(loading)
 
-    def _allow_guesses(self) -> None:
+    def _allow_guesses(self, rule: Drafting) -> None:
         """Who may guess draws more than one token an iteration, and so is not in the cohort."""
-        rule = self._config.speculate
-        if rule is None:
-            return
         running = len(self.running)
         for work in self.running:
             self.cohort.settle(work)
@@ -228,7 +226,8 @@ class Steps:
         self.waiting.remove(work)
         self._blocks.take(work, hits)
         work.computed = len(hits) * self._blocks.size
-        self._tiers.used(work, 0, len(hits), again=True)
+        if self._tiers.states:
+            self._tiers.used(work, 0, len(hits), again=True)
         self._begin(work)
         return True
 

@@ -96,8 +96,10 @@ class Worker:
             self._fill_room()
         if self.steps.step is None:
             self.steps.schedule(now)
-        self.tiers.write()
-        self._tell(self.config.conductor, *self.blocks.news())
+        if self.tiers.states:
+            self.tiers.write()
+        if self.tiers.states or self.pool.added or self.pool.removed:
+            self._tell(self.config.conductor, *self.blocks.news())
         return self._out
 
     # --- conductor --------------------------------------------------------------------------------
@@ -374,10 +376,9 @@ class Worker:
 
     def prefilled(self, work: Work, *, ended: bool) -> None:
         started = work.started_at if work.started_at is not None else self._now
-        work.prefill = PrefillReport(
+        report = work.prefill = PrefillReport(
             self.config.worker, work.queue_s, self._now - started, work.cached, work.computed_here
         )
-        report = work.prefill
         self._note(
             Prefilled(
                 report.worker, work.id, report.queue_s, report.prefill_s, report.cached_tokens,
@@ -399,9 +400,8 @@ class Worker:
         report = work.report(self.config.worker)
         gateway, c = work.dispatch.request.gateway, self.config
         self._tell(gateway, Done(work.id, work.attempt, reason, work.out, report))
-        self._tell(
-            c.conductor, Finished(c.worker, work.id, work.attempt, reason, work.out, report)
-        )
+        finished = Finished(c.worker, work.id, work.attempt, reason, work.out, report)
+        self._tell(c.conductor, finished)
         self._kill(work)
 
     # --- the end of an attempt --------------------------------------------------------------------
