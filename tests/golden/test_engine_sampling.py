@@ -287,7 +287,7 @@ def test_filters_keep_what_transformers_keeps(
     for warper in warpers:
         scores = warper(None, scores)
     expected = scores.softmax(-1)
-    probs = sampler._probs(logits, [sampling] * len(logits))
+    probs = sampler.probs(logits, [sampling] * len(logits))
     for mine, theirs in zip(probs, expected, strict=True):
         assert kept(mine) == kept(theirs)
     torch.testing.assert_close(probs / probs.sum(-1, keepdim=True), expected)
@@ -296,9 +296,9 @@ def test_filters_keep_what_transformers_keeps(
 def test_each_row_has_its_own_filters() -> None:
     logits = noise(4)
     each = [Sampling(top_k=2), Sampling(), Sampling(min_p=0.5), Sampling(top_p=0.2)]
-    together = sampler._probs(logits, each)
+    together = sampler.probs(logits, each)
     for i, one in enumerate(each):
-        assert torch.equal(together[i], sampler._probs(logits[i : i + 1], [one])[0])
+        assert torch.equal(together[i], sampler.probs(logits[i : i + 1], [one])[0])
 
 
 def test_drawing_leaves_the_logits_as_they_are() -> None:

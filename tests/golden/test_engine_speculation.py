@@ -23,7 +23,8 @@ from kvasir.core.errors import ModelError  # noqa: E402
 from kvasir.core.request import Grammar, Sampling, Steering  # noqa: E402
 from kvasir.core.specs import Deployment  # noqa: E402
 from kvasir.engine.draft import DraftModel  # noqa: E402
-from kvasir.engine.sampler import Draw, draw  # noqa: E402
+from kvasir.engine.rejection import GUESS, weighed  # noqa: E402
+from kvasir.engine.sampler import Draw, draw, pick, uniform  # noqa: E402
 from kvasir.engine.speculate import NgramGuesser  # noqa: E402
 from kvasir.engine.steps import Choice, Guesser, verified  # noqa: E402
 from kvasir.engine.tiny import VOCAB, make_tiny  # noqa: E402
@@ -239,8 +240,9 @@ def test_the_same_seed_gives_the_same_text(
         assert set(one.output[:6]) <= {97, 98, 99}
 
 
+@pytest.mark.parametrize("seeded", [True, False], ids=["compared", "weighed"])
 def test_the_distribution_is_the_model_s(
-    runner: TorchRunner, noisy: Path, folder: Path
+    runner: TorchRunner, noisy: Path, folder: Path, seeded: bool
 ) -> None:
     """Chi-square of 1,200 texts of three tokens, the last two of them guessed first, against their
     exact probabilities; 8 texts are possible, so 24.3 is exceeded once in a thousand."""
@@ -250,7 +252,7 @@ def test_the_distribution_is_the_model_s(
     for batch in range(24):
         jobs = [
             Job(f"b{batch}-{i}", PROMPT[:9], 3, [i], draft=2,
-                sampling=Sampling(seed=50 * batch + i, **sampling))
+                sampling=Sampling(seed=50 * batch + i if seeded else None, **sampling))
             for i in range(50)
         ]  # fmt: skip
         for one in jobs:
@@ -268,22 +270,50 @@ def test_the_distribution_is_the_model_s(
     assert chi_square < 24.3, (chi_square, seen, exact)
 
 
-def test_of_two_known_distributions_the_first_is_drawn() -> None:
-    """p = (.5, .3, .2, 0), guessed from q = (.1, .1, .3, .5). The rejection rule would accept
-    sum of min(p, q) = 0.4 of the guesses; the comparison does where both cumulative distributions
-    name the same token for the same number, [0, .1) here. What is drawn is p's either way."""
-    p, q, count = (0.5, 0.3, 0.2, 0.0), (0.1, 0.1, 0.3, 0.5), 20_000
-    draws = [Draw("r", i, Sampling(temperature=1.0, seed=9)) for i in range(count)]
-    drawn, guesses = (draw(torch.tensor(of).log().expand(count, 4), draws) for of in (p, q))
+P, Q, COUNT = (0.5, 0.3, 0.2, 0.0), (0.1, 0.1, 0.3, 0.5), 20_000
+
+
+def test_a_seed_names_one_text_of_two_known_distributions() -> None:
+    """The comparison keeps a guess where both cumulative distributions name the same token for the
+    same number, [0, .1) here. What is drawn is p's."""
+    draws = [Draw("r", i, Sampling(temperature=1.0, seed=9)) for i in range(COUNT)]
+    drawn, guesses = (draw(torch.tensor(of).log().expand(COUNT, 4), draws) for of in (P, Q))
     kept = [
-        verified([guess], lambda i, token=token: Choice(token if i == 0 else 99))
+        [one.token for one in verified([guess], lambda i, token=token: Choice((token, 99)[i]))]
         for token, guess in zip(drawn, guesses, strict=True)
     ]
-    accepted = sum(len(choices) == 2 for choices in kept)
-    assert accepted / count == pytest.approx(0.1, abs=0.01)
-    seen = [sum(choices[0].token == t for choices in kept) for t in range(4)]
-    chi_square = sum((n - count * s) ** 2 / (count * s) for n, s in zip(seen, p, strict=True) if s)
+    assert accepted_of(kept) == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_rejection_rule_on_two_known_distributions() -> None:
+    """It accepts the sum of min(p, q) = 0.4 of the guesses, and what is drawn is p's."""
+    draws = [Draw(f"r{i}", 0, Sampling(temperature=1.0)) for i in range(COUNT)]
+    q = torch.tensor([Q])
+    p = torch.tensor([P, (0.0, 0.0, 0.0, 7.0)])
+    guesses = pick(q.expand(COUNT, 4), [uniform(one, GUESS) for one in draws]).tolist()
+    kept = [
+        weighed(p, q, [guess], [one, Draw(one.request_id, 1, one.sampling)])
+        for guess, one in zip(guesses, draws, strict=True)
+    ]
+    assert all(text[1:] in ([], [3]) for text in kept)
+    assert all(text[0] == guess for guess, text in zip(guesses, kept, strict=True) if text[1:])
+    assert accepted_of(kept) == pytest.approx(0.4, abs=0.011)
+
+
+def test_two_equal_distributions_keep_every_guess() -> None:
+    p = torch.rand(7, 50, generator=torch.Generator().manual_seed(1)) ** 9
+    for i in range(300):
+        draws = [Draw(f"r{i}", k, Sampling(temperature=1.0)) for k in range(7)]
+        guess = pick(p[:6], [uniform(one, GUESS) for one in draws[:6]]).tolist()
+        assert weighed(p, 3 * p[:6], guess, draws)[:6] == guess
+
+
+def accepted_of(kept: list[list[int]]) -> float:
+    """Share of first guesses that were kept; that the first tokens are p's is checked."""
+    seen = [sum(text[0] == t for text in kept) for t in range(4)]
+    chi_square = sum((n - COUNT * s) ** 2 / (COUNT * s) for n, s in zip(seen, P, strict=True) if s)
     assert chi_square < 13.8 and seen[3] == 0, "exceeded once in a thousand"
+    return sum(len(text) == 2 for text in kept) / COUNT
 
 
 def texts(folder: Path) -> dict[tuple[int, ...], float]:

@@ -13,7 +13,7 @@ from kvasir.core.request import Sampling
 from kvasir.core.specs.parse import parse_deployment
 from kvasir.cost.acceptance import accepted_tokens
 from kvasir.engine.speculate import NgramGuesser, NgramIndex
-from kvasir.engine.steps import Attempt, Wish
+from kvasir.engine.steps import Attempt, Guess, Wish
 from kvasir.policy.speculate import (
     FLOOR,
     ITERATIONS_MAX,
@@ -119,10 +119,11 @@ def wish(tokens: list[int], name: str = "r", count: int = 4) -> Wish:
 def test_each_attempt_has_its_own_text() -> None:
     guesser = NgramGuesser(2, 3)
     a, b = [1, 2, 3, 9, 1, 2, 3], [1, 2, 3, 7, 1, 2, 3]
-    assert guesser.guess([wish(a, "a"), wish(b, "b")]) == [[9, 1, 2, 3], [7, 1, 2, 3]]
+    found = guesser.guess([wish(a, "a"), wish(b, "b")])
+    assert [one.tokens for one in found] == [[9, 1, 2, 3], [7, 1, 2, 3]]
     guesser.forget(("a", 1))
     guesser.forget(("never", 1))
-    assert guesser.guess([wish([5, 6], "a")]) == [[]], "nothing is left of the old text"
+    assert guesser.guess([wish([5, 6], "a")]) == [Guess([])], "nothing is left of the old text"
 
 
 def test_a_guess_costs_what_was_added_since_the_last() -> None:

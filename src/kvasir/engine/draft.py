@@ -21,9 +21,11 @@ from kvasir.core.errors import ModelError
 from kvasir.core.ids import BlockId, RequestId
 from kvasir.engine.attention import PagedBatch, Span, make_caches
 from kvasir.engine.decoder import decoder_of
+from kvasir.engine.guide import needs_guide
 from kvasir.engine.loader import Dtype, load
-from kvasir.engine.sampler import Draw, draw
-from kvasir.engine.steps import BlockTable, Wish
+from kvasir.engine.rejection import GUESS, weighs
+from kvasir.engine.sampler import Draw, draw, pick, probs, uniform
+from kvasir.engine.steps import BlockTable, Guess, Wish
 
 Key = tuple[RequestId, int]
 
@@ -56,8 +58,9 @@ class Follower:
 
 class DraftModel:
     """Satisfies `engine.steps.Guesser`. Guesses are drawn as the larger model draws: greedily, or
-    with the number that decides the draw of the same output token. So two models that agree on the
-    distribution agree on the token.
+    with the number that decides the draw of the same output token, so that two models that agree on
+    the distribution agree on the token. Where guesses are weighed (engine.rejection), they are
+    drawn with numbers of their own, and say from what.
 
     `rows_max` attempts have room for `CONTEXT_TOKENS` each, shared; the one that guessed longest
     ago makes room for others. `vocab` is the larger model's. Raises ModelError: the folder cannot
@@ -85,22 +88,26 @@ class DraftModel:
             self._free += reversed(follower.table.blocks)
 
     @torch.inference_mode()
-    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
+    def guess(self, wishes: Sequence[Wish]) -> list[Guess]:
         """Nothing for attempts that have no room, or whose tokens are not computed yet."""
         self._calls += 1
         found: list[list[int]] = [[] for _ in wishes]
+        odds: dict[int, list[torch.Tensor]] = {
+            i: [] for i, wish in enumerate(wishes) if _is_weighed(wish)
+        }
         followers = {i: f for i, wish in enumerate(wishes) if (f := self._follow(wish))}
         feed = {i: self._missing(wishes[i], f) for i, f in followers.items()}
         while feed:
             logits = self._feed([(followers[i], tokens) for i, tokens in feed.items()])
             rows = {i: row for row, i in enumerate(feed) if self._is_level(wishes[i], followers[i])}
-            draws = [self._draw_of(wishes[i], len(found[i])) for i in rows]
-            for i, token in zip(rows, draw(logits[list(rows.values())], draws), strict=True):
-                found[i].append(token)
+            for i, row in rows.items():
+                one = self._draw_of(wishes[i], len(found[i]))
+                found[i].append(_drawn(logits[row : row + 1], one, odds.get(i)))
             feed = {i: found[i][-1:] for i in rows if len(found[i]) < wishes[i].count}
         for i, follower in followers.items():
             follower.guessed = found[i]
-        return list(found)
+        return [Guess(found[i], torch.cat(odds[i]) if odds.get(i) else None)
+                for i in range(len(wishes))]  # fmt: skip
 
     def _is_level(self, wish: Wish, follower: Follower) -> bool:
         return follower.computed >= len(wish.attempt.tokens)
@@ -152,6 +159,18 @@ class DraftModel:
             at += len(tokens)
             lasts.append(at - 1)
         return self.decoder.logits(hidden[lasts])[:, : self._vocab]
+
+
+def _is_weighed(wish: Wish) -> bool:
+    return weighs(wish.sampling) and not needs_guide(wish.sampling, wish.attempt.steering)
+
+
+def _drawn(logits: torch.Tensor, one: Draw, odds: list[torch.Tensor] | None) -> int:
+    """A token out of `logits`, [1, vocab]; what it was weighed by is added to `odds`."""
+    if odds is None:
+        return draw(logits, [one])[0]
+    odds.append(probs(logits, [one.sampling]))
+    return int(pick(odds[-1], [uniform(one, GUESS)]))
 
 
 def check_vocabulary(draft: Path, target: Path) -> None:

@@ -41,6 +41,7 @@ from kvasir.engine.steps import (
     AttemptRunner,
     BlockTable,
     Choice,
+    Guess,
     Wish,
     Work,
     verified,
@@ -244,8 +245,8 @@ class Oracle:
     def __init__(self, runner: FakeRunner, acceptance: float) -> None:
         self._runner, self._acceptance = runner, acceptance
 
-    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
-        return [self._one(wish) for wish in wishes]
+    def guess(self, wishes: Sequence[Wish]) -> list[Guess]:
+        return [Guess(self._one(wish)) for wish in wishes]
 
     def forget(self, key: tuple[RequestId, int]) -> None:
         pass

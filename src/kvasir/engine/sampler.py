@@ -43,11 +43,11 @@ def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     return [int(token) for token in tokens.tolist()]
 
 
-def uniform(draw: Draw) -> float:
-    """The number in [0, 1) that decides this draw: 53 bits of BLAKE2b."""
+def uniform(draw: Draw, use: str = "") -> float:
+    """The number in [0, 1) that decides this draw: 53 bits of BLAKE2b. Each `use` has its own."""
     seed = draw.sampling.seed
     name = f"request:{draw.request_id}" if seed is None else f"seed:{seed}"
-    digest = hashlib.blake2b(f"{name}:{draw.index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{name}:{draw.index}{use}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
@@ -61,16 +61,20 @@ def _guided(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
 
 def _draw_warm(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """The inverse of the cumulative distribution, at each row's number."""
-    probs = _probs(logits, [one.sampling for one in draws])
-    mass = probs.cumsum(dim=-1, dtype=torch.float64)
+    return pick(probs(logits, [one.sampling for one in draws]), [uniform(one) for one in draws])
+
+
+def pick(odds: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
+    """The inverse of each row's cumulative distribution at its number in [0, 1). `odds`: [rows,
+    vocab], not normalised, each row with something above 0."""
+    mass = odds.cumsum(dim=-1, dtype=torch.float64)
     total = mass[:, -1:]
     # A number below 1 with 53 bits times a total rounds to less than the total, so `at` is a token.
-    at = torch.tensor([[uniform(one)] for one in draws], dtype=torch.float64) * total
+    at = torch.tensor(numbers, dtype=torch.float64).unsqueeze(-1) * total
     return torch.searchsorted(mass, at, right=True).squeeze(-1)
 
 
-def _probs(logits: torch.Tensor, sampling: Sequence[Sampling]) -> torch.Tensor:
+def probs(logits: torch.Tensor, sampling: Sequence[Sampling]) -> torch.Tensor:
     """What is left of each row's distribution, not normalised: temperature, top-k, top-p, min-p."""
     logits = logits / torch.tensor([[max(one.temperature, TEMPERATURE_MIN)] for one in sampling])
     vocab = logits.shape[-1]
@@ -78,16 +82,16 @@ def _probs(logits: torch.Tensor, sampling: Sequence[Sampling]) -> torch.Tensor:
         if 0 < one.top_k < vocab:
             row = logits[i]
             logits[i] = row.where(row >= row.topk(one.top_k).values[-1], float("-inf"))
-    probs = logits.softmax(dim=-1)
+    odds = logits.softmax(dim=-1)
     nucleus = [i for i, one in enumerate(sampling) if one.top_p < 1]
     if nucleus:
         top_p = torch.tensor([[sampling[i].top_p] for i in nucleus], dtype=torch.float64)
-        part = probs[nucleus]
-        probs[nucleus] = part.where(part >= _nucleus_floor(part, top_p), 0)
+        part = odds[nucleus]
+        odds[nucleus] = part.where(part >= _nucleus_floor(part, top_p), 0)
     for i, one in enumerate(sampling):
         if one.min_p > 0:
-            probs[i] = probs[i].where(probs[i] >= one.min_p * probs[i].max(), 0)
-    return probs
+            odds[i] = odds[i].where(odds[i] >= one.min_p * odds[i].max(), 0)
+    return odds
 
 
 def _nucleus_floor(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

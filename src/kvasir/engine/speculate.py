@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvasir.core.ids import RequestId
-from kvasir.engine.steps import Wish
+from kvasir.engine.steps import Guess, Wish
 
 Key = tuple[RequestId, int]
 
@@ -23,8 +23,10 @@ class NgramGuesser:
         self._lengths = range(longest, shortest - 1, -1)
         self._indexes: dict[Key, NgramIndex] = {}
 
-    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
-        return [self._index(wish.key).guess(wish.attempt.tokens, wish.count) for wish in wishes]
+    def guess(self, wishes: Sequence[Wish]) -> list[Guess]:
+        return [
+            Guess(self._index(wish.key).guess(wish.attempt.tokens, wish.count)) for wish in wishes
+        ]
 
     def forget(self, key: Key) -> None:
         self._indexes.pop(key, None)

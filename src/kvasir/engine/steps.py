@@ -108,7 +108,7 @@ class Lane:
 
 class Work(msgspec.Struct, frozen=True):
     """One row in one iteration: positions [start, start + count), output token `index` if any. The
-    last `len(guess)` of the positions hold guessed tokens."""
+    last `len(guess)` of the positions hold guessed tokens, drawn from `odds` (see `Guess`)."""
 
     row: Row
     attempt: Attempt
@@ -116,6 +116,7 @@ class Work(msgspec.Struct, frozen=True):
     count: int
     index: int
     guess: Sequence[int] = ()
+    odds: Any = None
 
     @property
     def end(self) -> int:
@@ -143,14 +144,26 @@ class Wish:
     sampling: Sampling
 
 
+class Guess(NamedTuple):
+    """Token ids that may follow. `odds`: what they were drawn from, float32 of shape [tokens,
+    vocab], rows not normalised, if their draws were independent of the verifier's; None: they are
+    compared with what the verifier draws."""
+
+    tokens: Sequence[int]
+    odds: Any = None
+
+
 class Guesser(Protocol):
     """Guesses tokens that a model then verifies; owned by one runner."""
 
-    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
-        """For each wish 0 to `count` token ids."""
+    def guess(self, wishes: Sequence[Wish]) -> list[Guess]:
+        """For each wish 0 to `count` tokens."""
 
     def forget(self, key: tuple[RequestId, int]) -> None:
         """The attempt is over. Unknown ones are no error."""
+
+
+NO_GUESS = Guess(())
 
 
 class Choice(NamedTuple):
@@ -259,7 +272,7 @@ class AttemptRunner(ABC):
     def _works(self, lanes: Sequence[Lane]) -> list[Work]:
         """The next iteration, with guesses for the rows that may have some."""
         guessing = [x for x in lanes if x.draft_max > 0] if self.guesser is not None else []
-        guesses: dict[int, Sequence[int]] = {}
+        guesses: dict[int, Guess] = {}
         if guessing and self.guesser is not None:
             wishes = [
                 Wish(
@@ -272,8 +285,9 @@ class AttemptRunner(ABC):
             guesses = {id(x): guess for x, guess in zip(guessing, found, strict=True)}
         works = []
         for x in lanes:
-            guess = guesses.get(id(x), ())
-            works.append(Work(x.row, x.attempt, x.start, x.count + len(guess), x.index, guess))
+            guess, odds = guesses.get(id(x), NO_GUESS)
+            count = x.count + len(guess)
+            works.append(Work(x.row, x.attempt, x.start, count, x.index, guess, odds))
         return works
 
     def _carry(self, lanes: Sequence[Lane]) -> None:
@@ -347,10 +361,9 @@ def verified(guess: Sequence[int], draw: Callable[[int], Choice]) -> list[Choice
     """The tokens that a row keeps. `draw(i)` is the model's own choice after the first i guesses;
     it counts as long as all of them were its own choices too, and the text goes on.
 
-    A guess stands for a distribution with one point (n-gram), or for a sample of a draft model that
-    is compared, not weighed. So each token is the one that is drawn without guesses, and the
-    distribution is the model's own. The rejection rule (Leviathan et al., arXiv 2211.17192; Chen et
-    al., arXiv 2302.01318) accepts a draft model's samples more often, at other texts than without.
+    So each token is the one that is drawn without guesses, and the distribution is the model's own.
+    For a guess that stands for itself (n-gram) no rule accepts more; a draft model's samples are
+    weighed instead where no seed promises a text (engine.rejection).
     """
     choices = [draw(0)]
     while len(choices) <= len(guess):

@@ -29,7 +29,8 @@ from kvasir.engine.loader import Dtype, Loaded, load
 from kvasir.engine.logprobs import logprobs_of
 from kvasir.engine.lora import batch_of, read_lora
 from kvasir.engine.narrow import Narrow
-from kvasir.engine.sampler import Draw, draw
+from kvasir.engine.rejection import weighed
+from kvasir.engine.sampler import Draw, draw, probs
 from kvasir.engine.steps import (
     DEFAULT_SAMPLING,
     AttemptRunner,
@@ -152,7 +153,8 @@ class TorchRunner(AttemptRunner):
         one more for each guess.
 
         All is drawn at once, but for the guesses of a row with a guide: what is allowed there
-        depends on the tokens before, which must have been drawn.
+        depends on the tokens before, which must have been drawn. Guesses that say what they were
+        drawn from are weighed.
         """
         draws: list[list[Draw]] = []
         for work in works:
@@ -163,7 +165,10 @@ class TorchRunner(AttemptRunner):
                 [Draw(work.row.request_id, work.index + i, sampling, guide) for i in range(count)]
             )
         firsts = [0, *accumulate(len(of) for of in draws)]
-        ahead = [1 if of[0].guide is not None else len(of) for of in draws]
+        ahead = [
+            0 if work.odds is not None else 1 if of[0].guide is not None else len(of)
+            for work, of in zip(works, draws, strict=True)
+        ]
         at = [first + i for first, n in zip(firsts, ahead, strict=False) for i in range(n)]
         one_by_one = len(at) < len(logits)
         chosen = iter(
@@ -175,7 +180,10 @@ class TorchRunner(AttemptRunner):
         kept: list[Sequence[Choice]] = []
         for work, first, of, n in zip(works, firsts, draws, ahead, strict=False):
             known = [next(chosen) for _ in range(n)]
-            kept.append(verified(work.guess, partial(_choice, logits, first, of, known)))
+            if work.odds is not None:
+                kept.append(_weighed(logits[first : first + len(of)], work, of))
+            else:
+                kept.append(verified(work.guess, partial(_choice, logits, first, of, known)))
         return kept
 
     def _guide(self, work: Work, sampling: Sampling) -> Guide | None:
@@ -214,9 +222,19 @@ def _choice(
     return _choices(logits[first + i : first + i + 1], [draws[i]])[0]
 
 
+def _weighed(logits: torch.Tensor, work: Work, draws: Sequence[Draw]) -> list[Choice]:
+    """What a row keeps of guesses that were drawn from odds; `logits` [guesses + 1, vocab]."""
+    p = probs(logits.cpu(), [one.sampling for one in draws])
+    tokens = weighed(p, work.odds, work.guess, draws)
+    return _told(logits[: len(tokens)], draws[: len(tokens)], tokens)
+
+
 def _choices(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Draw from `logits`, [rows, vocab], and say what was asked about each token."""
-    tokens = draw(logits, draws)
+    return _told(logits, draws, draw(logits, draws))
+
+
+def _told(logits: torch.Tensor, draws: Sequence[Draw], tokens: list[int]) -> list[Choice]:
     logprobs = logprobs_of(logits, tokens, [one.sampling.logprobs for one in draws])
     for one, token in zip(draws, tokens, strict=True):
         if one.guide is not None:
