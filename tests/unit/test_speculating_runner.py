@@ -12,7 +12,7 @@ from kvasir.core.effects import Row, Step
 from kvasir.core.request import Sampling
 from kvasir.engine.fake import FakeRunner, Oracle, fake_tokens
 from kvasir.engine.speculate import NgramGuesser
-from kvasir.engine.steps import Wish
+from kvasir.engine.steps import Guess, Wish
 from tests.engine_driver import SALT, Driver, Hooks, Job, copy_blocks
 
 PROMPT = [7, 1, 200, 3, 3, 3, 90, 14, 255, 0, 66]
@@ -112,8 +112,8 @@ def test_guessing_after_a_transfer() -> None:
 class Liar:
     """Guesses more than it was asked for never; otherwise anything."""
 
-    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
-        return [[] if w.index % 3 == 0 else [1] * min(1, w.count) for w in wishes]
+    def guess(self, wishes: Sequence[Wish]) -> list[Guess]:
+        return [Guess([] if w.index % 3 == 0 else [1] * min(1, w.count)) for w in wishes]
 
     def forget(self, key: tuple[str, int]) -> None:
         pass

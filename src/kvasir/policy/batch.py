@@ -17,6 +17,7 @@ from kvasir.policy.order import depth_first, longest_prefix
 LPM_WAITING_MAX: Final = 128  # beyond it SGLang no longer matches every waiting prompt
 # Sequences with blocks for fewer than 1/8 of `steps_max` iterations (at least 16) are given blocks
 # for twice as many: long runs of steps, few allocations, and little memory that waits for tokens.
+# While others wait for blocks, nobody is given one before its first token is due.
 LOW_SHARE: Final = 8
 LOW_LEAST: Final = 16
 
@@ -201,6 +202,8 @@ def _decode(view: BatchView, decoding: DecodingView, order: tuple[int, ...]) -> 
     steps = min(view.steps_max, decoding.output_left)
     horizon = max(LOW_LEAST, view.steps_max // LOW_SHARE)
     low, reserve = min(steps, horizon), 2 * horizon
+    if view.waiting and room > 0:
+        low = reserve = 1
     if decoding.covered >= low:
         return Batch(None, (), (), steps)
     short = decoding.short(low)
