@@ -23,6 +23,7 @@ log = logging.getLogger("kvasir.transfer")
 
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
+TIMERS_LEAST: Final = 128  # not swept below twice as many
 
 _T = TypeVar("_T")
 Task = Callable[[], None]
@@ -36,6 +37,10 @@ class Timer:
 
     def __init__(self, task: Task) -> None:
         self._task: Task | None = task
+
+    @property
+    def cancelled(self) -> bool:
+        return self._task is None
 
     def cancel(self) -> None:
         self._task = None
@@ -59,6 +64,7 @@ class Loop:
         self._tasks: deque[Task] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = itertools.count()
+        self._timers_swept = TIMERS_LEAST
         self._lock = threading.Lock()
         self._open = True
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -106,8 +112,16 @@ class Loop:
     def at(self, when_s: float, task: Task) -> Timer:
         """Run `task` at `time.monotonic() >= when_s`."""
         timer = Timer(task)
+        if len(self._timers) >= 2 * self._timers_swept:
+            self._sweep_timers()
         heapq.heappush(self._timers, (when_s, next(self._timer_ids), timer))
         return timer
+
+    def _sweep_timers(self) -> None:
+        """Forget cancelled ones: deadlines are minutes away, and most transfers take none."""
+        self._timers = [entry for entry in self._timers if not entry[2].cancelled]
+        heapq.heapify(self._timers)
+        self._timers_swept = max(TIMERS_LEAST, len(self._timers))
 
     def watch(self, sock: socket.socket, events: int, ready: Ready) -> None:
         self._selector.register(sock, events, ready)
