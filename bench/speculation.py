@@ -10,6 +10,8 @@ the torch runner, so that the policy decides who guesses. Sides take turns in on
                that is copied so well would bring, and what wrong guesses cost. In float32 only:
                in bfloat16 another batch shape is another text, sooner or later
     free text  nothing repeats; n-grams find little
+    trained    the demo model goes on with documentation that its training held out, from places
+               in the file that follow one another
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ from random import Random
 from statistics import median
 from typing import Any, Final, NamedTuple
 
+from tokenizers import Tokenizer
+
+import kvasir
 from bench.engine_cases import BLOCK, CONTEXT, GREEDY, SHAPE, Heard, make_model, processor
 from kvasir.core.effects import Release, Step
 from kvasir.core.messages import Capacity, Dispatch, Prompt, StepDone
 from kvasir.core.request import Request
 from kvasir.cost.acceptance import accepted_tokens
 from kvasir.engine.speculate import NgramGuesser
-from kvasir.engine.steps import Guesser, Wish
+from kvasir.engine.steps import Guess, Guesser, Wish
 from kvasir.engine.tiny import make_tiny
 from kvasir.engine.torch_runner import TorchRunner
 from kvasir.node.config import WorkerConfig
@@ -40,6 +45,8 @@ from kvasir.policy.speculate import Drafting
 
 GOAL: Final = 1.5
 PROMPT: Final = 128
+DEMO: Final = Path(kvasir.__file__).parent / "models" / "demo"
+HELD_OUT: Final = Path(__file__).parents[1] / "tests" / "data" / "demo" / "held_out.txt"
 SHARES: Final = (1.0, 0.9, 0.8, 0.6, 0.3, 0.0)
 
 
@@ -49,13 +56,14 @@ class Known:
     def __init__(self, texts: dict[tuple[int, ...], list[int]], share: float) -> None:
         self._texts, self._share = texts, share
 
-    def guess(self, wishes: Sequence[Wish]) -> list[Sequence[int]]:
-        found: list[Sequence[int]] = []
+    def guess(self, wishes: Sequence[Wish]) -> list[Guess]:
+        found: list[Guess] = []
         for wish in wishes:
             text = self._texts[tuple(wish.attempt.tokens[:PROMPT])]
             guess = text[wish.index : wish.index + wish.count]
             right = accepted_tokens(wish.key[0], wish.index, len(guess), self._share)
-            found.append([t if i != right else (t + 1) % 1000 for i, t in enumerate(guess)])
+            tokens = [t if i != right else (t + 1) % 1000 for i, t in enumerate(guess)]
+            found.append(Guess(tokens))
         return found
 
     def forget(self, key: tuple[str, int]) -> None: ...
@@ -121,6 +129,14 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
     return [rng.choices(range(300, SHAPE["vocab"]), k=PROMPT) for _ in range(count)]
 
 
+def held_out(count: int, seed: int) -> list[list[int]]:
+    """Passages of the text that the demo model has not seen, as its token ids."""
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokens = tokenizer.encode(HELD_OUT.read_text(), add_special_tokens=False).ids
+    at = [PROMPT * (count * (seed + 1) + i) for i in range(count)]
+    return [tokens[i : i + PROMPT] for i in at]
+
+
 def compare(
     runner: TorchRunner, text: str, batch: int, flags: argparse.Namespace, dtype: str
 ) -> Row:
@@ -128,7 +144,7 @@ def compare(
     rule, rates, ratios = Drafting(flags.tokens, flags.rows_max), [], []
     drafted = accepted = 0
     for seed in range(flags.repeat):
-        prompts = prompts_of(batch, seed)
+        prompts = (held_out if text == "trained" else prompts_of)(batch, seed)
         plain = serve(runner, None, prompts, flags.outputs, None)
         guesser: Guesser = NgramGuesser(2, 4)
         if text.startswith("right"):
@@ -180,6 +196,7 @@ def main() -> None:
 
 def cases(loops: Path, free: Path, dtype: str) -> list[tuple[str, Path, int]]:
     found = [("loops", loops, batch) for batch in (1, 4, 8)] + [("free text", free, 1)]
+    found.append(("trained", DEMO, 1))
     if dtype == "float32":
         found += [(f"right {int(share * 100)} %", free, 1) for share in SHARES]
         found.append(("right 0 %", free, 4))
