@@ -246,6 +246,27 @@ def test_the_oldest_goes_on_or_is_the_one_preempted(view: View) -> None:
 
 
 @given(views())
+def test_without_a_cap_on_chunks_a_step_is_filled_exactly(view: View) -> None:
+    """DeepSpeed-FastGen's SplitFuse: long prompts are cut, short ones composed, until the budget is
+    met or nobody is left who could use it."""
+    view.chunk_tokens = view.batch_tokens_max
+    plan = token_budget(view)
+    given_out = sum(plan.counts) + sum(plan.admitted)
+    if given_out == view.batch_tokens_max or plan.preempted:
+        return
+    placed = sum(c > 0 for c in plan.counts) + len(plan.admitted)
+    blocks = view.blocks_available
+    for s, count in zip(view.running, plan.counts, strict=True):
+        assert count == s.known - s.computed or placed == view.batch_max
+        blocks -= max(0, -(-(s.computed + count) // BLOCK) - s.blocks_held)
+    for i, (s, count) in enumerate(zip(view.waiting, plan.admitted, strict=False)):
+        assert count == s.known - s.cached
+        blocks -= view.admission(i).blocks_needed
+    if len(plan.admitted) < len(view.waiting) and placed < view.batch_max:
+        assert view.admission(len(plan.admitted)).blocks_needed > blocks
+
+
+@given(views())
 def test_many_steps_are_for_decodes_alone(view: View) -> None:
     plan = token_budget(view)
     rows = [s for s, c in zip(view.running, plan.counts, strict=True) if c]
