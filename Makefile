@@ -10,7 +10,7 @@ PORT  ?= 8000
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long test-real check bench bench-vllm docs clean
+.PHONY: help install serve test test-long test-real check bench bench-vllm native docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ check: $(STAMP) ## ruff, mypy --strict on src, tidy (layers, purity, sizes)
 
 bench: $(STAMP) ## print the measured figures and their share of the limit
 	$(BIN)/python bench/sim.py
+
+native: $(STAMP) ## compile the CPU attention kernel for this processor (needs g++)
+	$(BIN)/python -m kvasir.engine.native
 
 bench-vllm: $(STAMP) ## the embedded engine beside vLLM on a CPU (installs it in .peers, 3 GB)
 	sh bench/vllm.sh $(PYTHON)

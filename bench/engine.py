@@ -7,7 +7,8 @@ Every side is a fresh process, and the sides take turns; new prompts in each rep
 outputs a prompt, prompts included in the rate. `generate` gets one batch: equal lengths as they
 are, ragged ones padded on the left, its worst arrangement. `prefix 16` is 16 prompts that begin
 with the same 1,024 tokens, against ourselves with nothing shared. The floor is the time of a decode
-step's linear layers alone, packed as ours are.
+step's linear layers alone, packed as ours are. Where the compiled kernel is built (`make native`),
+ours attends by it, and is measured against itself without it too (`torch`).
 
 A script of ten lines says that `generate` is not slowed down by how it is called here.
 """
@@ -37,6 +38,7 @@ from bench.engine_cases import (
     processor,
     speed_of,
 )
+from kvasir.engine.native.build import library
 
 ROOT: Final = Path(__file__).parents[1]
 DTYPES: Final = ("float32", "bfloat16")
@@ -105,8 +107,10 @@ class Found(NamedTuple):
 
 def measure(folder: Path, dtype: str, cases: Sequence[str], repeat: int) -> Found:
     found = Found(defaultdict(list), defaultdict(list), defaultdict(list))
+    built = library().exists()
     plan = {
         "hf": [name for name in cases if name in AGAINST_HF], "ours": cases,
+        "torch": cases if built else (),
         "apart": [name for name in cases if CASES[name].shared], "floor": cases,
     }  # fmt: skip
     for seed in range(repeat):
@@ -134,6 +138,8 @@ def rows_of(found: Found, dtype: str, cases: Sequence[str]) -> list[Row]:
         against = "apart" if CASES[name].shared else "hf"
         floor = median(found.floors[name])
         rows.append(row(CASES[name], dtype, found.timings, against, floor))
+        if found.timings["torch", name]:
+            rows.append(row(CASES[name], dtype, found.timings, "torch", floor))
     return rows
 
 
@@ -143,7 +149,8 @@ def row(
     ours, other = (speed_of(case, timings[name, case.name]) for name in ("ours", against))
     return Row(
         case.name, dtype, ours, other, against, ours.per_s / other.per_s,
-        other.step_ms / ours.step_ms, GOALS.get((case.name, dtype)),
+        other.step_ms / ours.step_ms,
+        None if against == "torch" else GOALS.get((case.name, dtype)),
         floor * 1e3 / ours.step_ms, floor * 1e3 / other.step_ms,
     )  # fmt: skip
 
@@ -181,6 +188,8 @@ def show_ten_lines(found: Found, dtype: str) -> dict[str, Any]:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    # With `--device cpu --shape tiny` the GPU's bench is rehearsed.
+    parser.add_argument("--shape", choices=("8b", "tiny"), help=argparse.SUPPRESS)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     cases = (*AGAINST_HF, PREFIX)
@@ -190,21 +199,24 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     asked = parsed()
-    if asked.device == "cuda":
+    if asked.device == "cuda" or asked.shape is not None:
         from bench.engine_cuda import run
 
-        print(json.dumps(run()))
+        print(json.dumps(run(asked.device, asked.shape or "8b")))
         return
     load = os.getloadavg()[0]
+    by = "the compiled kernel" if library().exists() else "torch"
     print(f"{SHAPE_WORDS}; one thread of {processor()}; load {load:.1f}; token budget {BUDGET}")
+    print(f"ours attends by {by}")
     rows, off = [], {}
     with tempfile.TemporaryDirectory() as home:
         folder = make_model(Path(home) / "model")
         for dtype in asked.dtypes:
             found = measure(folder, dtype, asked.cases, asked.repeat)
             rows += rows_of(found, dtype, asked.cases)
-            for one in rows[-len(asked.cases) :]:
-                show(one)
+            for one in rows:
+                if one.dtype == dtype:
+                    show(one)
             off[dtype] = show_ten_lines(found, dtype)
     print("\nthe ten lines, run as `python ten_lines.py`:\n")
     print(SCRIPT.format(folder="model", dtype="float32", batch=8))

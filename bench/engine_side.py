@@ -2,7 +2,8 @@
 
     python -m bench.engine_side SIDE DTYPE FOLDER SEED CASE...
 
-Sides: `ours` (the torch runner), `apart` (the same, nothing shared between sequences), `modules`
+Sides: `ours` (the torch runner, attending by the compiled kernel if it is built), `torch` (the same
+without it), `apart` (the same, nothing shared between sequences), `modules`
 (the runner over transformers' modules), `hf` (transformers' generate on one left-padded batch),
 `floor` (linear layers alone, as packed as ours: seconds of one decode step).
 """
@@ -32,7 +33,7 @@ Run = Callable[[list[list[int]], int], object]
 def ours(folder: Path, dtype: Any, case: Case, side: str) -> Run:
     runner = TorchRunner(
         folder, blocks_count=blocks_for(case), block_size=BLOCK, dtype=dtype,
-        fused=side != "modules",
+        fused=side != "modules", native=False if side == "torch" else None,
     )  # fmt: skip
     shared = 0 if side == "apart" else case.shared
     return lambda prompts, outputs: Generator(runner).generate(prompts, outputs, shared)

@@ -1,5 +1,5 @@
 """The torch runner gives the very tokens of transformers' `generate`: greedy, float32; with its own
-fused layers and with transformers' modules.
+fused layers and with transformers' modules, attended by torch and by the compiled kernel.
 
 In float32 the top two logits are 500 times further apart than batching and chunking move them, so
 equality is a sound test (in bfloat16 it is not: `generate` differs from itself in 2% of tokens).
@@ -26,6 +26,7 @@ transformers = pytest.importorskip("transformers")
 from kvasir.core.keys import block_keys  # noqa: E402
 from kvasir.core.request import Sampling  # noqa: E402
 from kvasir.engine.decoder import FusedDecoder, TransformersDecoder  # noqa: E402
+from kvasir.engine.native.kernel import Kernel  # noqa: E402
 from kvasir.engine.tiny import EOS_TOKEN_ID, VOCAB, make_tiny, write_tokenizer  # noqa: E402
 from kvasir.engine.torch_runner import TorchRunner  # noqa: E402
 from tests.engine_driver import (  # noqa: E402
@@ -38,6 +39,7 @@ from tests.engine_driver import (  # noqa: E402
     row_of,
     scattered,
 )
+from tests.native import kernel  # noqa: E402
 
 SIZE = 16
 BLOCKS = 96
@@ -89,7 +91,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen2-yarn": partial(make_other, architecture="qwen2"),
 }
 PLAIN = "-transformers"  # the same, computed by transformers' modules
-LABS = (*MAKERS, *(name + PLAIN for name in ("qwen3", "qwen3-mixed", "qwen2-yarn")))
+NATIVE = "-native"  # the same, attended by the compiled kernel
+OTHERS = ("qwen3", "qwen3-mixed", "qwen2-yarn")
+LABS = (*MAKERS, *(name + way for way in (PLAIN, NATIVE) for name in OTHERS))
 
 ONE = pytest.mark.parametrize("lab", ["qwen3"], indirect=True)  # what no shape changes
 TWO = pytest.mark.parametrize("lab", ["qwen3", "llama"], indirect=True)
@@ -104,6 +108,7 @@ class Lab:
     folder: Path
     reference: Any
     runner: TorchRunner
+    native: Kernel | bool = False
 
     def expected(self, prompt: list[int], n: int = N) -> list[int]:
         out = self.reference.generate(
@@ -123,17 +128,19 @@ class Lab:
         return Driver(self.runner)
 
     def another(self, **values: Any) -> TorchRunner:
-        return TorchRunner(self.folder, blocks_count=BLOCKS, block_size=SIZE, **values)
+        return TorchRunner(
+            self.folder, blocks_count=BLOCKS, block_size=SIZE, native=self.native, **values
+        )
 
 
 @pytest.fixture(scope="module", params=LABS)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    name = request.param.removesuffix(PLAIN)
+    name = request.param.removesuffix(PLAIN).removesuffix(NATIVE)
+    fused, native = name + PLAIN != request.param, name + NATIVE == request.param and kernel()
     folder = MAKERS[name](tmp_path_factory.mktemp(name))
-    fused = name == request.param
-    runner = TorchRunner(folder, blocks_count=BLOCKS, block_size=SIZE, fused=fused)
+    runner = TorchRunner(folder, blocks_count=BLOCKS, block_size=SIZE, fused=fused, native=native)
     assert isinstance(runner.decoder, FusedDecoder if fused else TransformersDecoder)
-    return Lab(name, folder, reference_of(folder), runner)
+    return Lab(name, folder, reference_of(folder), runner, native)
 
 
 def reference_of(folder: Path) -> Any:

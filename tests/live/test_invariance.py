@@ -86,6 +86,12 @@ def guessed(c: Cluster, answers: list[Any]) -> bool:
     return 0 < accepted < drafted
 
 
+def on_two_ranks(c: Cluster, answers: list[Any]) -> bool:
+    """Each worker has one more process, without which it could not have gone on."""
+    teams = [runner.helpers.processes for runner in c.threads.runners.values()]
+    return all(len(team) == 1 and team[0].poll() is None for team in teams)
+
+
 class Way(NamedTuple):
     """How it is asked, what it needs, and what shows that it happened."""
 
@@ -109,6 +115,11 @@ WAYS = {
     "guessing": Way(together, guessed, {}, LOOPS, guesses=True),
     "all at once": Way(together, guessed, SMALL | {"chunk": 7}, [*LOOPS, *PROMPTS[:3]],
                        tiered=True, guesses=True),
+    "tensor parallel": Way(together, on_two_ranks, {"tp": 2}),
+    "tensor parallel, all at once": Way(
+        together, lambda c, answers: on_two_ranks(c, answers) and guessed(c, answers),
+        SMALL | {"chunk": 7, "tp": 2}, [*LOOPS, *PROMPTS[:3]], tiered=True, guesses=True,
+    ),
 }  # fmt: skip
 
 

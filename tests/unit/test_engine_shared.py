@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from kvasir.engine.attention import LayerCache, PagedBatch, Span  # noqa: E402
-from kvasir.engine.padded import attend_padded, padded  # noqa: E402
 from kvasir.engine.shared import Branch, Part, branches_of, merge  # noqa: E402
 from kvasir.engine.steps import BlockTable  # noqa: E402
 
@@ -117,21 +116,6 @@ def test_the_same_attention_as_alone(kv_heads: int, dtype: str) -> None:
     assert shared == [8] + [0] * len(spans)
     noise = 1e-5 if dtype == "float32" else 0.02
     assert torch.allclose(together.float(), alone.float(), atol=noise)
-
-
-def test_all_rows_padded_are_each_row_alone() -> None:
-    """How another device than a CPU computes decode rows."""
-    torch.manual_seed(0)
-    cache = LayerCache(torch.randn(30 * SIZE, 2, 8), torch.randn(30 * SIZE, 2, 8))
-    tables, lengths = [[3, 4, 9], [7], [20, 1]], [41, 1, 32]
-    query = torch.randn(5, 4, 8)
-    of = padded([0, 3, 4], tables, lengths, SIZE, query.device)
-    out = attend_padded(of, query, cache.key, cache.value, 0.3)
-    for row, table, length, found in zip([0, 3, 4], tables, lengths, out, strict=True):
-        slots = [table[p // SIZE] * SIZE + p % SIZE for p in range(length)]
-        k, v = (plane[slots].repeat_interleave(2, dim=1) for plane in cache)
-        weights = (torch.einsum("hd,lhd->hl", query[row], k) * 0.3).softmax(-1)
-        assert torch.allclose(found, torch.einsum("hl,lhd->hd", weights, v), atol=1e-5)
 
 
 def table_of(numbers: list[int]) -> BlockTable:

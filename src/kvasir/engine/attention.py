@@ -18,15 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from kvasir.core.specs import LayerSpec
 from kvasir.engine.narrow import Narrow, pack, unpack
-from kvasir.engine.padded import Padded, attend_padded, padded
+from kvasir.engine.native.batch import NativeBatch
+from kvasir.engine.native.kernel import Kernel
 from kvasir.engine.shared import Branch, attend_branch, branches_of
 from kvasir.engine.steps import BlockTable
 
@@ -119,34 +119,12 @@ class Latents:
         return int(self.rows.stop - self.rows.start)
 
 
-class PagedBatch:
-    """A packed batch and the caches under it; travels through the model to its attention.
+class Paged(Protocol):
+    """A packed batch and the caches under it; travels through the model to its attention."""
 
-    `written(layer)` is called when the layer's KV of all spans stands in the cache. `end` is above
-    every position. `narrow`: how the caches keep values of `dtype`, if not as they are.
-    """
-
-    def __init__(
-        self,
-        caches: Sequence[LayerCache | LatentCache],
-        block_size: int,
-        spans: Sequence[Span],
-        written: Callable[[int], None],
-        narrow: Narrow | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._caches, self._block_size, self._spans = caches, block_size, spans
-        self._written, self._narrow = written, narrow
-        self._device, self._dtype = caches[0][0].device, dtype or caches[0][0].dtype
-        slots = [slot for span in spans for slot in slots_of(span, block_size)]
-        self._slots = torch.tensor(slots, device=self._device)
-        self._reaches: dict[int | None, list[Reach]] = {}
-        self._offsets = [0, *accumulate(span.count for span in spans)]  # of spans, in the batch
-        self._branches: tuple[Branch, ...] | None = None
-        self._branch_reaches: dict[tuple[int, int], Reach] = {}
-        self._padded: Padded | None = None
-        self.end = max(span.start + span.count for span in spans)
-        self.rows_shared = 0  # that attended to a common prefix together
+    @property
+    def end(self) -> int:
+        """Above every position."""
 
     def attend(
         self,
@@ -164,10 +142,59 @@ class PagedBatch:
         `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
         `softcap` c: a score x counts as c * tanh(x / c).
         """
+
+
+class PagedBatch:
+    """A `Paged` that attends sequence by sequence, on a CPU; also to latents, on any device.
+
+    `written(layer)` is called when the layer's KV of all spans stands in the cache. `end` is above
+    every position. `narrow`: how the caches keep values of `dtype`, if not as they are. `kernel`:
+    attends on a CPU in the place of torch, wherever it can.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[LayerCache | LatentCache],
+        block_size: int,
+        spans: Sequence[Span],
+        written: Callable[[int], None],
+        narrow: Narrow | None = None,
+        dtype: torch.dtype | None = None,
+        kernel: Kernel | None = None,
+    ) -> None:
+        self._caches, self._block_size, self._spans = caches, block_size, spans
+        self._written, self._narrow = written, narrow
+        self._device, self._dtype = caches[0][0].device, dtype or caches[0][0].dtype
+        slots = [slot for span in spans for slot in slots_of(span, block_size)]
+        self._slots = torch.tensor(slots, device=self._device)
+        self._reaches: dict[int | None, list[Reach]] = {}
+        self._offsets = [0, *accumulate(span.count for span in spans)]  # of spans, in the batch
+        self._branches: tuple[Branch, ...] | None = None
+        self._branch_reaches: dict[tuple[int, int], Reach] = {}
+        self._native: NativeBatch | None = None
+        if kernel is not None and self._device.type == "cpu":
+            self._native = NativeBatch(kernel, spans, self._offsets, block_size)
+        self.end = max(span.start + span.count for span in spans)
+        self.rows_shared = 0  # that attended to a common prefix together
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """As `Paged.attend`."""
         cache = self._caches[layer]
         assert isinstance(cache, LayerCache), f"layer {layer} keeps latents"
         self._write(layer, key, value)
         plain = window is None and softcap is None
+        if self._native is not None and self._native.takes(query, cache.key, self._narrow):
+            shared = self._shared() if plain else ()
+            return self._native.attend(cache, query, scale, window, softcap, shared)
         parts = self._together(cache, query, scale) if plain else {}
         if softcap is None and not parts and len(query) == len(self._spans):
             reaches = self._reaches_in(window)
@@ -193,13 +220,6 @@ class PagedBatch:
             for branch in self._shared():
                 part = attend_branch(branch, query, partial(self._read_branch, cache), scale)
                 parts.update(zip(branch.rows, part.out.split(1), strict=True))
-        elif singles := self._singles():
-            if self._padded is None:
-                tables = [span.table.blocks for span in singles.values()]
-                lengths = [span.start + 1 for span in singles.values()]
-                self._padded = padded([*singles], tables, lengths, self._block_size, self._device)
-            out = attend_padded(self._padded, query, cache.key, cache.value, scale)
-            parts.update(zip(singles, out.split(1), strict=True))
         return parts
 
     def _singles(self) -> dict[int, Span]:
@@ -265,10 +285,11 @@ class PagedBatch:
             packed = plane[reach.first : reach.first + reach.length]
             return unpack(packed, self._narrow, self._dtype).transpose(0, 1).unsqueeze(0)
         heads, dim = plane.shape[1:]
-        token = heads * dim
+        token = plane.stride(0)  # more than heads * dim where other ranks have heads too
         return plane.as_strided(  # one call for slice, transpose and unsqueeze: a third of the time
-            (1, heads, reach.length, dim), (0, dim, token, 1), reach.first * token
-        )
+            (1, heads, reach.length, dim), (0, dim, token, 1),
+            plane.storage_offset() + reach.first * token,
+        )  # fmt: skip
 
 
 def slots_of(span: Span, block_size: int) -> list[int]:
@@ -403,4 +424,6 @@ def register() -> None:
     An implementation without an entry in its mask interface gets no mask built at all, which is
     what is wanted here (transformers.masking_utils, `_preprocess_mask_arguments`).
     """
+    from transformers import AttentionInterface  # slow to import, and ranks do without it
+
     AttentionInterface.register(NAME, paged_attention)

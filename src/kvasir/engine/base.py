@@ -158,6 +158,13 @@ class Runner(Protocol):
     def close(self, request_id: RequestId, attempt: int) -> None:
         """Forget an attempt. Unknown ones are no error."""
 
+    def check(self) -> None:
+        """Raises Unavailable when a process that computes for it has ended. Any thread may ask."""
+
+    def stop(self) -> None:
+        """End the processes that it started; the last call. Any thread, also while a step waits
+        for them: it fails then."""
+
     def planes(self) -> list[list[Plane]]:
         """The cache memory itself, per layer and plane (K, then V).
 

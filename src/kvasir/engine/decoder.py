@@ -2,26 +2,35 @@
 know requests, blocks or sampling.
 
 `TransformersDecoder` runs transformers' own modules, of any family. `FusedDecoder` computes the
-same for plain dense families with fewer and larger operations: packed rows without a batch
-dimension, one matrix for Q, K and V and one for gate and up, norm and rotation of Q and K in one
-go, rotations looked up.
+same for plain dense families with fewer and larger operations (engine.layers): packed rows without
+a batch dimension, one matrix for Q, K and V and one for gate and up, norm and rotation of Q and K
+in one go, rotations looked up. Its layers may be shared by several ranks (`Team`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding
 
 from kvasir.core.errors import ModelError
-from kvasir.engine.attention import PagedBatch
-from kvasir.engine.linear import Kind, Linear, linear_of
+from kvasir.engine.attention import Paged
+from kvasir.engine.cuda.decode import triton_runs
+from kvasir.engine.cuda.stack import DeviceStack
+from kvasir.engine.families import FUSED, FUSED_ACTIVATIONS
+from kvasir.engine.layers import (
+    Layer,
+    LayerWeights,
+    Matrix,
+    Norm,
+    Rotation,
+    Stack,
+    linear_from,
+)
 from kvasir.engine.loader import Loaded
 from kvasir.engine.lora import AdapterBatch, LinearHooks
 
-FUSED: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_ROWS: Final = 4096  # positions looked up at first; doubled when a sequence goes beyond
 
 
@@ -30,7 +39,7 @@ class Decoder(Protocol):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        paged: PagedBatch,
+        paged: Paged,
         adapters: AdapterBatch | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm, [tokens, hidden], of int64 `tokens` at `positions`.
@@ -42,14 +51,44 @@ class Decoder(Protocol):
         """float32 [rows, vocab] of `hidden`, [rows, hidden]."""
 
 
-def decoder_of(loaded: Loaded, fused: bool = True) -> Decoder:
+class Team(Protocol):
+    """Ranks that hold a part each of every layer and of the head, and compute in step
+    (engine.parallel); as the first of them sees the others."""
+
+    def deal(self, layer: LayerWeights) -> LayerWeights:
+        """Give the others their parts of the next layer; returns the own one."""
+
+    def deal_head(self, head: Matrix) -> Matrix:
+        """The same for the head, whose outputs are cut; after the last layer."""
+
+    def share(self, x: torch.Tensor, rotation: Rotation) -> None:
+        """Give what goes into the first layer, [tokens, hidden], and its rotation."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, which may be written over."""
+
+    def ask(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Give what goes into the head, [rows, hidden], and return it."""
+
+    def joined(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] of the own part's outputs and the others'."""
+
+
+def decoder_of(loaded: Loaded, fused: bool = True, team: Team | None = None) -> Decoder:
     """The fused decoder for models that it covers, unless told otherwise; else transformers'.
 
     A fused decoder takes the weights out of `loaded.model`, which is of no use afterwards. Raises
-    ModelError when the weights are to be rounded and the family has no fused decoder.
+    ModelError when the weights are to be rounded, or shared by a `team`, and the family has no
+    fused decoder.
     """
-    if fused and fusible(loaded.model):
-        return FusedDecoder(loaded)
+    if fused and fusible(loaded.model) and (team is None or loaded.weights == "plain"):
+        return FusedDecoder(loaded, team)
+    if team is not None:
+        name = type(loaded.model).__name__
+        raise ModelError(
+            f"tensor parallel is not supported for this {name} with {loaded.weights} weights",
+            nearest=", ".join(FUSED),
+        )
     if loaded.weights != "plain":
         raise ModelError(
             f"weights {loaded.weights} are not supported for {type(loaded.model).__name__}",
@@ -60,7 +99,7 @@ def decoder_of(loaded: Loaded, fused: bool = True) -> Decoder:
 
 def fusible(model: Any) -> bool:
     """A dense family whose rotation covers the whole head and depends on the position alone."""
-    if type(model).__name__ not in FUSED or model.config.hidden_act not in ("silu", "swish"):
+    if type(model).__name__ not in FUSED or model.config.hidden_act not in FUSED_ACTIVATIONS:
         return False
     head_dim = model.model.layers[0].self_attn.head_dim
     return 2 * len(model.model.rotary_emb.inv_freq) == int(head_dim)
@@ -78,7 +117,7 @@ class TransformersDecoder:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        paged: PagedBatch,
+        paged: Paged,
         adapters: AdapterBatch | None = None,
     ) -> torch.Tensor:
         if adapters is not None and self._hooks is None:
@@ -99,47 +138,6 @@ class TransformersDecoder:
 # --- fused --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """Root mean square norm over the last dimension."""
-
-    weight: torch.Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: Any) -> Norm:
-        return cls(module.weight.detach(), module.variance_epsilon)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadNorm:
-    """Root mean square norm of each head of Q and K (Qwen3). `weight`: [heads + kv_heads, dim]."""
-
-    weight: torch.Tensor
-    eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight.shape[-1:], None, self.eps).mul_(self.weight)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One decoder layer. `qkv`: Q, K and V of all heads in a row; `gate_up`: gate, then up."""
-
-    before_attention: Norm
-    qkv: Linear
-    qk_norm: HeadNorm | None
-    output: Linear
-    before_mlp: Norm
-    gate_up: Linear
-    down: Linear
-    scale: float
-    window: int | None
-
-
 class Rope:
     """Cosines and sines by position, for whole heads: x cos + roll(x) sin.
 
@@ -151,7 +149,7 @@ class Rope:
         self._module, self._dtype, self._rows_max = module, dtype, rows_max
         self._table = self._make(min(ROPE_ROWS, rows_max))
 
-    def at(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, positions: torch.Tensor, end: int) -> Rotation:
         """Two [tokens, 1, dim]; every position is below `end`."""
         if end > len(self._table):
             self._table = self._make(min(max(end, 2 * len(self._table)), self._rows_max))
@@ -170,113 +168,41 @@ class Rope:
 class FusedDecoder:
     """Llama, Qwen2, Qwen3 and Mistral, from the weights of a transformers model.
 
-    `loaded.model` loses its layers one by one, so that no more than one is held twice.
+    `loaded.model` loses its layers one by one, so that no more than one is held twice. With a
+    `team` this is its first rank, which alone has embedding, rotations and the last norm.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        model, config = loaded.model, loaded.model.config
-        body = model.model
-        first = body.layers[0].self_attn
-        self._heads, self._dim = config.num_attention_heads, int(first.head_dim)
-        self._kv_heads = config.num_key_value_heads
+    def __init__(self, loaded: Loaded, team: Team | None = None) -> None:
+        model = loaded.model
+        body, kind, self._team = model.model, loaded.weights, team
         self._embedding = body.embed_tokens.weight.detach()
         self._rope = Rope(body.rotary_emb, self._embedding.dtype, loaded.context_max)
-        self._norm = Norm.of(body.norm)
-        kind = loaded.weights
-        self._head = _linear(kind, model.lm_head)
-        modules, self._layers = list(body.layers), list[Layer]()
+        self._norm = Norm(body.norm.weight.detach(), body.norm.variance_epsilon)
+        modules, layers = list(body.layers), list[Layer]()
         body.layers = torch.nn.ModuleList()
         for spec in loaded.layers:
-            self._layers.append(_layer(modules.pop(0), spec.window, kind))
+            weights = LayerWeights.of(modules.pop(0), spec.window)
+            layers.append(Layer.of(weights if team is None else team.deal(weights), kind))
+        self._stack: Stack | DeviceStack = Stack(layers, None if team is None else team.sum)
+        if team is None and triton_runs(self._embedding.device.type):
+            self._stack = DeviceStack(layers)
+        head = Matrix.of(model.lm_head)
+        self._head = linear_from(kind, head if team is None else team.deal_head(head))
 
     def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        paged: PagedBatch,
+        paged: Paged,
         adapters: AdapterBatch | None = None,
     ) -> torch.Tensor:
         x = embedding(tokens, self._embedding)
         rotation = self._rope.at(positions, paged.end)
-        for index, layer in enumerate(self._layers):
-            x = self._attention(index, layer, x, rotation, paged, adapters)
-            x = self._mlp(index, layer, x, adapters)
-        return self._norm(x)
+        if self._team is not None:
+            assert adapters is None, "other ranks know no adapters"
+            self._team.share(x, rotation)
+        return self._norm(self._stack(x, rotation, paged, adapters))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._head(hidden).float()
-
-    def _attention(
-        self,
-        index: int,
-        layer: Layer,
-        x: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        paged: PagedBatch,
-        adapters: AdapterBatch | None,
-    ) -> torch.Tensor:
-        heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
-        h = layer.before_attention(x)
-        qkv = layer.qkv(h)
-        if adapters is not None:
-            q, k, v = qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), dim=1)
-            for name, out in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
-                adapters.add(index, name, h, out)
-        qk, value = qkv.view(-1, heads + 2 * kv_heads, dim).split((heads + kv_heads, kv_heads), 1)
-        if layer.qk_norm is not None:
-            qk = layer.qk_norm(qk)
-        cos, sin = rotation
-        query, key = torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin).split((heads, kv_heads), 1)
-        mixed = paged.attend(index, query, key, value, layer.scale, layer.window).flatten(1)
-        out = layer.output(mixed)
-        if adapters is not None:
-            adapters.add(index, "o_proj", mixed, out)
-        return out.add_(x)
-
-    def _mlp(
-        self, index: int, layer: Layer, x: torch.Tensor, adapters: AdapterBatch | None
-    ) -> torch.Tensor:
-        h = layer.before_mlp(x)
-        gate, up = (both := layer.gate_up(h)).split(both.shape[1] // 2, dim=1)
-        if adapters is not None:
-            adapters.add(index, "gate_proj", h, gate)
-            adapters.add(index, "up_proj", h, up)
-        inner = silu(gate).mul_(up)
-        out = layer.down(inner)
-        if adapters is not None:
-            adapters.add(index, "down_proj", inner, out)
-        return out.add_(x)
-
-
-def _layer(module: Any, window: int | None, kind: Kind) -> Layer:
-    attention, mlp = module.self_attn, module.mlp
-    return Layer(
-        before_attention=Norm.of(module.input_layernorm),
-        qkv=_linear(kind, attention.q_proj, attention.k_proj, attention.v_proj),
-        qk_norm=_head_norm(attention) if hasattr(attention, "q_norm") else None,
-        output=_linear(kind, attention.o_proj),
-        before_mlp=Norm.of(module.post_attention_layernorm),
-        gate_up=_linear(kind, mlp.gate_proj, mlp.up_proj),
-        down=_linear(kind, mlp.down_proj),
-        scale=attention.scaling,
-        window=window,
-    )
-
-
-def _linear(kind: Kind, *modules: Any) -> Linear:
-    """One layer with the outputs of all `modules` side by side."""
-    weight = _joined([one.weight for one in modules])
-    biases = [one.bias for one in modules if one.bias is not None]
-    return linear_of(weight, _joined(biases) if biases else None, kind)
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
-
-
-def _head_norm(attention: Any) -> HeadNorm:
-    q, k = attention.q_norm, attention.k_norm
-    heads = attention.q_proj.out_features // attention.head_dim
-    kv_heads = attention.k_proj.out_features // attention.head_dim
-    rows = [q.weight.detach()] * heads + [k.weight.detach()] * kv_heads
-    return HeadNorm(torch.stack(rows), q.variance_epsilon)
+        own: torch.Tensor = self._head(hidden if self._team is None else self._team.ask(hidden))
+        return (own if self._team is None else self._team.joined(own)).float()

@@ -23,6 +23,7 @@ from kvasir.engine.attention import PagedBatch, Span, make_caches
 from kvasir.engine.decoder import decoder_of
 from kvasir.engine.guide import needs_guide
 from kvasir.engine.loader import Dtype, load
+from kvasir.engine.native.kernel import Kernel, kernel_of
 from kvasir.engine.rejection import GUESS, weighs
 from kvasir.engine.sampler import Draw, draw, pick, probs, uniform
 from kvasir.engine.steps import BlockTable, Guess, Wish
@@ -69,13 +70,13 @@ class DraftModel:
 
     def __init__(
         self, folder: str | Path, target: str | Path, *, vocab: int, rows_max: int,
-        dtype: Dtype | Literal["auto"] = "float32",
+        dtype: Dtype | Literal["auto"] = "float32", native: Kernel | bool | None = None,
     ) -> None:  # fmt: skip
         check_vocabulary(Path(folder), Path(target))
         loaded = load(Path(folder), dtype)
         blocks = rows_max * -(-min(loaded.context_max, CONTEXT_TOKENS) // BLOCK_TOKENS)
         self._caches = make_caches(loaded.layers, blocks, BLOCK_TOKENS, loaded.model.dtype)
-        self.decoder = decoder_of(loaded)
+        self.decoder, self._kernel = decoder_of(loaded), kernel_of(native)
         self._embedded, self._vocab = loaded.vocab, min(vocab, loaded.vocab)
         self._context_max = loaded.context_max
         self._free: list[BlockId] = list(range(blocks))[::-1]
@@ -149,7 +150,7 @@ class DraftModel:
     def _feed(self, fed: Sequence[tuple[Follower, Sequence[int]]]) -> torch.Tensor:
         """Compute tokens after those that were fed; logits after each one's last, [rows, vocab]."""
         spans = [Span(f.computed, len(tokens), f.table) for f, tokens in fed]
-        batch = PagedBatch(self._caches, BLOCK_TOKENS, spans, _ignore)
+        batch = PagedBatch(self._caches, BLOCK_TOKENS, spans, _ignore, kernel=self._kernel)
         flat = [token for _, tokens in fed for token in tokens]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         hidden = self.decoder.forward(torch.tensor(flat), torch.tensor(positions), batch)

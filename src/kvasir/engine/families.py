@@ -18,6 +18,9 @@ ARCHITECTURES: Final = (
     "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
     "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
 )  # fmt: skip
+# Dense ones whose layers are ours (engine.layers), not transformers' modules.
+FUSED: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FUSED_ACTIVATIONS: Final = ("silu", "swish")
 # These recompute their frequencies from the longest sequence of a batch: text would depend on it.
 ROPE_BY_BATCH: Final = ("dynamic", "longrope")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -163,7 +163,15 @@ class Guesser(Protocol):
         """The attempt is over. Unknown ones are no error."""
 
 
-NO_GUESS = Guess(())
+NO_GUESS: Final = Guess(())
+
+
+class Helpers(Protocol):
+    """Processes that compute for a runner. `check` and `stop` as in engine.base.Runner."""
+
+    def check(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 class Choice(NamedTuple):
@@ -181,6 +189,7 @@ class AttemptRunner(ABC):
         self.spec = spec
         self.adapters = adapters
         self.guesser: Guesser | None = None
+        self.helpers: Helpers | None = None
         self._attempts: dict[tuple[RequestId, int], Attempt] = {}
         self._carried: dict[tuple[RequestId, int], Lane] = {}
 
@@ -226,6 +235,14 @@ class AttemptRunner(ABC):
         if self.guesser is not None:
             self.guesser.forget((request_id, attempt))
         self.adapters.give_back((request_id, attempt))
+
+    def check(self) -> None:
+        if self.helpers is not None:
+            self.helpers.check()
+
+    def stop(self) -> None:
+        if self.helpers is not None:
+            self.helpers.stop()
 
     def step(self, step: Step, hooks: StepHooks) -> StepResult:
         lanes = self._join(step)
@@ -285,9 +302,9 @@ class AttemptRunner(ABC):
             guesses = {id(x): guess for x, guess in zip(guessing, found, strict=True)}
         works = []
         for x in lanes:
-            guess, odds = guesses.get(id(x), NO_GUESS)
-            count = x.count + len(guess)
-            works.append(Work(x.row, x.attempt, x.start, count, x.index, guess, odds))
+            one = guesses.get(id(x), NO_GUESS)
+            count = x.count + len(one.tokens)
+            works.append(Work(x.row, x.attempt, x.start, count, x.index, one.tokens, one.odds))
         return works
 
     def _carry(self, lanes: Sequence[Lane]) -> None:
@@ -372,6 +389,18 @@ def verified(guess: Sequence[int], draw: Callable[[int], Choice]) -> list[Choice
             break
         choices.append(draw(len(choices)))
     return choices
+
+
+def sampled_places(works: Sequence[Work]) -> list[int]:
+    """Where in the packed batch something is drawn: after a row's last known token, and after each
+    guess."""
+    places: list[int] = []
+    at = 0
+    for work in works:
+        at += work.count
+        if work.row.sample:
+            places += range(at - 1 - len(work.guess), at)
+    return places
 
 
 def end_of(row: Row, index: int, token: int, eos_token_ids: Sequence[int]) -> TextEnd:

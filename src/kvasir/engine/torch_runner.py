@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from kvasir.core.effects import Step
 from kvasir.core.errors import ModelError
 from kvasir.core.ids import RequestId
 from kvasir.core.request import Sampling, Steering
 from kvasir.engine.adapters import Adapters
-from kvasir.engine.attention import PagedBatch, Span, make_caches
-from kvasir.engine.base import RunnerSpec
+from kvasir.engine.attention import LayerCache, PagedBatch, Span, make_caches
+from kvasir.engine.base import RunnerSpec, StepHooks, StepResult
+from kvasir.engine.cuda.path import DevicePath
 from kvasir.engine.decoder import decoder_of
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.guide import Guide, needs_guide
@@ -29,6 +31,7 @@ from kvasir.engine.loader import Dtype, Loaded, load
 from kvasir.engine.logprobs import logprobs_of
 from kvasir.engine.lora import batch_of, read_lora
 from kvasir.engine.narrow import Narrow
+from kvasir.engine.native.kernel import Kernel, kernel_of
 from kvasir.engine.rejection import weighed
 from kvasir.engine.sampler import Draw, draw, probs
 from kvasir.engine.steps import (
@@ -36,12 +39,14 @@ from kvasir.engine.steps import (
     AttemptRunner,
     Choice,
     Work,
+    sampled_places,
     stop_tokens,
     verified,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from kvasir.engine.base import Allocate, Plane
+    from kvasir.engine.parallel.team import Team
 
 
 class TorchRunner(AttemptRunner):
@@ -53,7 +58,11 @@ class TorchRunner(AttemptRunner):
     it alone. `fused`: compute the families that engine.decoder covers with its own layers; False
     runs transformers' modules. `adapters_max` LoRA adapters are held at most. `loaded`: a model
     that is in memory already, on `device`; its folder needs no weights then. On another device than
-    "cpu" the cache is there too, and has no `planes`. Raises ModelError (see engine.loader.load).
+    "cpu" the cache is there too, and has no `planes`; `graphs`: decode by captured CUDA graphs.
+    `rehearse`: take a device's way (engine.cuda) on the CPU, to try it there. `team`: ranks that
+    compute together, on the CPU; `allocate` takes from their memory then. `native`: attend by the
+    compiled kernel on a CPU, if it is built; True or a kernel: by that; False: by torch. Raises
+    ModelError (see engine.loader.load), and Unavailable when a rank does not start.
     """
 
     def __init__(
@@ -71,15 +80,25 @@ class TorchRunner(AttemptRunner):
         device: str = "cpu",
         loaded: Loaded | None = None,
         allocate: Allocate | None = None,
+        team: Team | None = None,
+        graphs: bool = True,
+        rehearse: bool = False,
+        native: Kernel | bool | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        self.kernel = kernel_of(native) if device == "cpu" else None
         if loaded is None:
             loaded = load(Path(folder), dtype, weights, kv)
             loaded.model.to(device)
         if loaded.kv is not None and device != "cpu":
             raise ModelError(f"kv {loaded.kv} is not supported on {device}")
+        if loaded.weights != "plain" and device != "cpu":
+            raise ModelError(f"weights {loaded.weights} are not supported on {device}")
         self._dtype, self._narrow = loaded.model.dtype, loaded.kv
+        reader = partial(read_lora, base=Path(folder))
+        if device != "cpu":
+            reader = partial(reader, dtype=self._dtype, device=device)
         super().__init__(
             RunnerSpec(
                 layers=loaded.layers,
@@ -91,13 +110,27 @@ class TorchRunner(AttemptRunner):
                 eos_token_ids=loaded.eos_token_ids,
                 fingerprint=loaded.fingerprint,
             ),
-            Adapters(partial(read_lora, base=Path(folder)), adapters_max),
+            Adapters(reader, adapters_max),
         )
-        self.decoder = decoder_of(loaded, fused)
-        self._device = device
+        self._device, self._team, self.helpers = device, team, team
+        keyed = all(layer.kind != "latent" for layer in loaded.layers)
+        there = keyed and (device != "cpu" or rehearse)
         self._caches = make_caches(
-            loaded.layers, blocks_count, block_size, self._dtype, device, allocate
+            loaded.layers, blocks_count + there, block_size, self._dtype, device, allocate
         )
+        self._own = self._caches  # the heads that are computed here
+        if team is not None:
+            assert device == "cpu" and not rehearse, "ranks share a cache on the CPU"
+            self._own = team.begin(
+                self._caches, block_size, self._dtype, loaded.kv, self.kernel
+            )
+        self.decoder = decoder_of(loaded, fused, team)
+        if team is not None:
+            team.ready()
+        self.path: DevicePath | None = None
+        if there:
+            caches = [cache for cache in self._caches if isinstance(cache, LayerCache)]
+            self.path = DevicePath(self.decoder, caches, self.spec, graphs, self._draw)
         self.rows_shared = 0  # times that a row attended to a prefix together with others
         tokenizer = Path(folder) / "tokenizer.json"
         self._grammars = Grammars(tokenizer, loaded.vocab, loaded.eos_token_ids)
@@ -117,21 +150,38 @@ class TorchRunner(AttemptRunner):
 
     def planes(self) -> list[list[Plane]]:
         """Per layer K and V, uint8 [blocks, bytes per block]: views, not copies."""
-        assert self._device == "cpu", "KV in a device's memory cannot be handed over"
+        if self._device != "cpu":
+            raise ModelError(
+                f"KV in the memory of {self._device} cannot leave it: no hand-over, tiers or peers",
+                nearest="device cpu",
+                next_step="serve on CPUs, or with vLLM on GPUs",
+            )
         return [[self._bytes_of(plane) for plane in cache] for cache in self._caches]
 
     def _bytes_of(self, plane: torch.Tensor) -> Plane:
-        view: Plane = plane.view(self.spec.blocks_count, -1).view(torch.uint8).numpy()
+        own = plane[: self.spec.blocks_count * self.spec.block_size]  # no scratch block
+        view: Plane = own.view(self.spec.blocks_count, -1).view(torch.uint8).numpy()
         return view
+
+    def step(self, step: Step, hooks: StepHooks) -> StepResult:
+        if self.path is not None:
+            self.path.begin(step.steps)
+        return super().step(step, hooks)
 
     @torch.inference_mode()
     def _compute(
         self, works: Sequence[Work], iteration: int, layer_done: Callable[[int], None]
     ) -> list[Sequence[Choice]]:
+        if self.path is not None:
+            return self.path.compute(works, iteration, layer_done)
         spans = [Span(work.start, work.count, work.attempt.table) for work in works]
+        written = layer_done
+        if self._team is not None:
+            written = self._team.step(spans, self.spec.block_size, layer_done)
         batch = PagedBatch(
-            self._caches, self.spec.block_size, spans, layer_done, self._narrow, self._dtype
-        )
+            self._own, self.spec.block_size, spans, written, self._narrow, self._dtype,
+            self.kernel,
+        )  # fmt: skip
         tokens = [token for work in works for token in work.new_tokens]
         positions = [p for work in works for p in range(work.start, work.end)]
         adapters = batch_of((work.attempt.adapter, work.count) for work in works)
@@ -142,7 +192,7 @@ class TorchRunner(AttemptRunner):
             adapters,
         )
         self.rows_shared += batch.rows_shared
-        places = _sampled_places(works)
+        places = sampled_places(works)
         if not places:
             return []
         rows = hidden if len(places) == len(hidden) else hidden[places]
@@ -199,18 +249,6 @@ class TorchRunner(AttemptRunner):
         if attempt.guide is not None:
             attempt.guide.follow(attempt.tokens, work.index)
         return attempt.guide
-
-
-def _sampled_places(works: Sequence[Work]) -> list[int]:
-    """Where in the packed batch something is drawn: after a row's last known token, and after each
-    guess."""
-    places: list[int] = []
-    at = 0
-    for work in works:
-        at += work.count
-        if work.row.sample:
-            places += range(at - 1 - len(work.guess), at)
-    return places
 
 
 def _choice(
