@@ -3,12 +3,13 @@
     python -m bench.codec [--tokens 512] [--channels 1024] [--layers 4]
     python -m bench.codec --links [--cores 1]
     python -m bench.codec --adapt [--contexts 1000] [--slo 1.0]
+    python -m bench.codec --serving [--prompt 4096] [--level-max 2]
     python -m bench.codec --quality FOLDER [--text FILE] [--texts 40] [--context 640] [--ahead 128]
 
 Without a flag: MB of bfloat16 KV a CPU second of one thread, coding and decoding, with numpy and
 with numba where it is installed, on made-up KV. `--links`: what the policy chooses for a transfer
-by the link's rate, from rates measured here. `--adapt`: bench/codec_adapt.py. `--quality`:
-bench/codec_quality.py. The last line is JSON.
+by the link's rate, from rates measured here. `--adapt`: bench/codec_adapt.py. `--serving`:
+bench/codec_serving.py. `--quality`: bench/codec_quality.py. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench.codec_adapt import adapt
+from bench.codec_serving import serving
 from kvasir.policy.codec import Task, allowed, choose
 from kvasir.transfer.codec import NUMPY, Chunk, Kernels, Tensor, fastest_kernels
 from kvasir.transfer.codec.floats import bytes_of
@@ -131,6 +133,8 @@ def flags_of(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--links", action="store_true")
     parser.add_argument("--adapt", action="store_true")
+    parser.add_argument("--serving", action="store_true", help="through the simulator")
+    parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--quality", type=Path, help="a model folder")
     parser.add_argument("--text", type=Path, default=HELD_OUT, help="unknown to the model")
     parser.add_argument("--tokens", type=int, default=512)
@@ -157,6 +161,8 @@ def main() -> None:
         found = quality(flags)
     elif flags.adapt:
         found = adapt(flags.contexts, flags.slo, flags.seed)
+    elif flags.serving:
+        found = serving(flags.prompt, 2, flags.level_max)
     else:
         found = links(flags) if flags.links else speed(flags)
     print(json.dumps(found))

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvasir.policy.codec import RAW, RECOMPUTE, Offer, Task, choose
+from kvasir.core.codec import RAW, Offer
+from kvasir.cost.codec import KNOWN
+from kvasir.policy.codec import RECOMPUTE, Task, choose
 from kvasir.transfer.codec.levels import LEVELS
-from kvasir.transfer.codec.offers import KNOWN
 
 TOKEN_BYTES = 128 * 1024  # Mistral 7B and Llama 3 8B in bfloat16
 CHUNK_TOKENS = 1_500

@@ -1,13 +1,19 @@
 """Tiers: hits by tier and rule on a trace, time against no tier, and copies in bytes a second.
 
-    python bench/tiers.py [--hits] [--times] [--copies] [--limit N]
+    python -m bench.tiers [--hits] [--store-hits] [--times] [--shared] [--copies] [--stores]
+        [--limit N]
 
-Without a flag, all three. `--hits`: the Mooncake conversation trace, one request at a time: blocks
+Without a flag, all. `--hits`: the Mooncake conversation trace, one request at a time: blocks
 found on the device, in host memory and on disk, simulated and counted by three plain LRU caches;
-then the hits of one tier alone under each rule of eviction. `--times`: mean TTFT of the trace on
+then the hits of one tier alone under each rule of eviction. `--store-hits`: the same with a store
+of the cluster in the place of the disk. `--times`: mean TTFT of the trace on
 one H100 (Llama 3.1 8B) whose host tier is fast or slow, against none; `always` is what happens
-without a prediction. `--copies`: a thread's loads and stores of 2 MiB blocks, checksums in them, in
-turns with a plain copy of the same bytes; wall times of one process. The last line is JSON.
+without a prediction. `--shared`: mean TTFT of every second request on four of them that share a
+store of the cluster, by its bandwidth and by a route that sees caches and one that does not.
+`--copies`: a thread's loads and stores of 2 MiB blocks, checksums in them, in
+turns with a plain copy of the same bytes; wall times of one process. `--stores`: the same with a
+store of the cluster that runs beside it, Redis and Mooncake where they are installed, and what
+asking for 64 keys takes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,25 +30,38 @@ from typing import Any
 
 import numpy as np
 
-from kvasir.core.effects import Restore, Shelf, Store
+from kvasir.core.effects import NOWHERE, Restore, Shelf, Store
 from kvasir.core.keys import trace_key
-from kvasir.core.specs import Deployment, ModelSpec, PoolSpec, TopologySpec
+from kvasir.core.specs import (
+    Deployment,
+    ModelSpec,
+    PolicySpec,
+    PoolSpec,
+    RouteSpec,
+    TopologySpec,
+)
 from kvasir.core.specs.deployment import FittedCost
-from kvasir.core.specs.tiers import TiersSpec
+from kvasir.core.specs.tiers import ClusterTier, TiersSpec
 from kvasir.kv.tiers import TierCache, Use
 from kvasir.policy.evict import RANKS
+from kvasir.runtime.runners import client_of
+from kvasir.store.cluster import ClusterShelves
 from kvasir.store.disk import DiskShelves
 from kvasir.store.memory import HostShelves
 from kvasir.traces.formats import load
 from kvasir.traces.record import Arrival, Trace
 from kvasir.world.live.tiers import LiveTiers
 from kvasir.world.sim.run import simulate
+from tests.sim.test_tiers import counted_with_store
+from tests.stores import missing, real_store
 
 SIZES = (1_000, 10_000, 50_000)  # blocks of 512 tokens: device, host, disk
 CAPACITIES = (1_000, 5_000, 10_000, 50_000)
 RATES = (0.05e9, 0.2e9, 1e9, 5e9, 50e9)
+SHARED = (0.5e9, 2e9, 10e9, 40e9)
 APART_S = 5.0
 BLOCK_BYTES, BLOCKS, ROUNDS = 2 << 20, 64, 7
+CHUNK = 2  # blocks of one call
 
 
 def deployment(tiers: dict[str, Any] | None, **pool: Any) -> Deployment:
@@ -98,6 +117,25 @@ def by_tier(trace: Trace) -> dict[str, Any]:
     print(f"\nHits by tier, {len(rows)} requests, sizes {SIZES} blocks")
     for tier in ("device", "host", "disk"):
         print(f"  {tier:6} {simulated[tier]:8} simulated {expected.get(tier, 0):8} counted")
+    return {"simulated": simulated, "counted": expected}
+
+
+def by_store(trace: Trace) -> dict[str, Any]:
+    size = trace.block_size or 0
+    rows = [a for a in trace.arrivals if a.input_tokens % size]
+    spaced = [Arrival(i * APART_S, a.input_tokens, 1, a.hash_ids) for i, a in enumerate(rows)]
+    tiers = {name: {"blocks": blocks, "bytes_per_s": 1e15}
+             for name, blocks in zip(("host", "cluster"), SIZES[1:], strict=True)}  # fmt: skip
+    d = deployment(tiers | {"load": "always"}, kv_blocks=SIZES[0], cost=FittedCost())
+    result = simulate(d, Trace("spaced", size, tuple(spaced)))
+    names = ("host", "cluster")
+    loaded = {t: result.counts.get(f"TierHit: {t}, tokens", 0) // size for t in names}
+    hits = sum(outcome.cached_tokens for outcome in result.outcomes) // size
+    simulated = {"device": hits - sum(loaded.values()), **loaded}
+    expected = dict(counted_with_store(rows, size, *SIZES))
+    print(f"\nHits by tier with a store of the cluster, {len(rows)} requests, sizes {SIZES} blocks")
+    for tier in ("device", *names):
+        print(f"  {tier:7} {simulated[tier]:8} simulated {expected.get(tier, 0):8} counted")
     return {"simulated": simulated, "counted": expected}
 
 
@@ -159,6 +197,28 @@ def times(trace: Trace) -> dict[str, Any]:
     return found
 
 
+def shared(trace: Trace) -> dict[str, Any]:
+    thinned = Trace("thinned", trace.block_size, tuple(trace.arrivals[::2]))
+    print(f"\nMean TTFT, s, {len(thinned.arrivals)} requests on four H100 (tokens from the store)")
+    print("  route        no store" + "".join(f"  {rate / 1e9:8.1f} GB/s" for rate in SHARED))
+    found: dict[str, Any] = {}
+    for route in ("round_robin", "cache_load"):
+        spec = PolicySpec(route=RouteSpec(name=route))
+        line, row = f"  {route:12}", list[dict[str, float]]()
+        for rate in (None, *SHARED):
+            tiers = {"cluster": {"blocks": 200_000, "bytes_per_s": rate}} if rate else None
+            d = deployment(tiers).model_copy(update={"policy": spec})
+            pool = d.pools[0].model_copy(update={"count": 4})
+            result = simulate(d.model_copy(update={"pools": (pool,)}), thinned)
+            ttft = float(result.summary.ttft.mean_s)
+            loaded = result.counts.get("TierHit: cluster, tokens", 0)
+            row.append({"ttft_s": ttft, "loaded_tokens": loaded})
+            line += f"{ttft:9.3f}" + (f" ({loaded / 1e6:.1f} M)" if rate else "")
+        print(line)
+        found[route] = row
+    return found
+
+
 # --- copies ---------------------------------------------------------------------------------------
 
 
@@ -214,22 +274,74 @@ def copies() -> dict[str, Any]:
     return {name: median(rates) for name, rates in found.items()}
 
 
+def stores() -> dict[str, Any]:
+    """One client of each store, as a worker has it: chunks of 2 MiB blocks, labels in them."""
+    rng, found = np.random.default_rng(0), dict[str, Any]()
+    rows = rng.integers(0, 256, (BLOCKS, BLOCK_BYTES), np.uint8)
+    slots, total = [NOWHERE] * CHUNK, rows.nbytes
+    for kind in ("redis", "mooncake"):
+        if reason := missing(kind):
+            print(f"\n{kind}: {reason}")
+            continue
+        rates: dict[str, list[float]] = {"store": [], "load": [], "ask": []}
+        with tempfile.TemporaryDirectory() as folder, real_store(kind, Path(folder)) as store:
+            lend = 2 * ROUNDS * total
+            tier = ClusterTier(url=store.url, blocks=1, lend_bytes=lend, timeout_s=20.0)
+            shelves = opened(tier)
+            for turn in range(ROUNDS):
+                keys = [trace_key(turn * BLOCKS + i) for i in range(BLOCKS)]
+                marks = [time.perf_counter()]
+                for at in range(0, BLOCKS, CHUNK):
+                    shelves.write(slots, keys[at : at + CHUNK], rows[at : at + CHUNK])
+                marks.append(time.perf_counter())
+                assert shelves.held(keys) == BLOCKS
+                marks.append(time.perf_counter())
+                into = np.empty((CHUNK, BLOCK_BYTES), np.uint8)
+                for at in range(0, BLOCKS, CHUNK):
+                    assert shelves.read(slots, keys[at : at + CHUNK], into) == CHUNK
+                marks.append(time.perf_counter())
+                assert (into == rows[-CHUNK:]).all()
+                stored, asked, loaded = np.diff(marks)
+                rates["store"].append(total / stored)
+                rates["load"].append(total / loaded)
+                rates["ask"].append(asked)
+            shelves.close()
+        found[kind] = {name: median(values) for name, values in rates.items()}
+        print(f"\n{kind}, {BLOCKS} blocks of 2 MiB: median of {ROUNDS} (range)")
+        for name, scale, unit in (("store", 1e9, "GB/s"), ("load", 1e9, "GB/s"),
+                                  ("ask", 1e-3, "ms")):  # fmt: skip
+            low, mid, high = (f(rates[name]) / scale for f in (min, median, max))
+            print(f"  {name:6} {mid:6.2f} {unit} ({low:.2f} to {high:.2f})")
+    return found
+
+
+def opened(tier: ClusterTier) -> ClusterShelves:
+    connect = client_of(tier, BLOCK_BYTES, where="bench")
+    return ClusterShelves(connect, BLOCK_BYTES, "bench", tier.timeout_s)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for flag in ("hits", "times", "copies"):
+    for flag in ("hits", "store-hits", "times", "shared", "copies", "stores"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--limit", type=int)
     asked = parser.parse_args()
-    every = not (asked.hits or asked.times or asked.copies)
+    every = not any(value for name, value in vars(asked).items() if name != "limit")
     whole = load("mooncake-conversation")
     trace = Trace(whole.name, whole.block_size, whole.arrivals[: asked.limit])
     found: dict[str, Any] = {}
     if asked.hits or every:
         found["by_tier"], found["by_rule"] = by_tier(trace), by_rule(trace)
+    if asked.store_hits or every:
+        found["by_store"] = by_store(trace)
     if asked.times or every:
         found["ttft_s"] = times(trace)
+    if asked.shared or every:
+        found["shared"] = shared(trace)
     if asked.copies or every:
         found["bytes_per_s"] = copies()
+    if asked.stores or every:
+        found["stores"] = stores()
     print(json.dumps(found))
 
 

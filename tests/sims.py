@@ -81,10 +81,11 @@ class Watched(SimWorld):
     """Keeps every message that a node handled and every event that one noted. Ends by itself."""
 
     def __init__(
-        self, deployment: Deployment, arrivals: list[Arrival], *, faults: Faults | None = None
-    ) -> None:
+        self, deployment: Deployment, arrivals: list[Arrival], *, faults: Faults | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
         self.seen: list[Seen] = []
-        super().__init__(deployment, arrivals, faults=faults)
+        super().__init__(deployment, arrivals, faults=faults, **more)
         self.noted: list[AnyEvent] = []
         told = self.recorder.event
 

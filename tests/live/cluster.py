@@ -85,6 +85,7 @@ def deployment_of(
     prefill_blocks: int | None = None, batch_max: int = 64, bytes_per_s_max: float | None = None,
     steps_max: int = 256, route: dict[str, Any] | None = None,
     limits: dict[str, Any] | None = None, tiers: dict[str, Any] | None = None,
+    tp: int = 1, prefill_tp: int | None = None,
 ) -> Deployment:  # fmt: skip
     """`mixed` > 0 leaves no other workers unless they are asked for. Beats are quick, waits long: a
     busy machine is late, not broken."""
@@ -94,6 +95,7 @@ def deployment_of(
             name=role, role=role, count=count, hardware="cpu", batch_max=batch_max,
             kv_blocks=(prefill_blocks or kv_blocks) if role == "prefill" else kv_blocks,
             tiers=TiersSpec(**tiers) if tiers is not None else None,
+            tp=(prefill_tp or tp) if role == "prefill" else tp,
         )
         for role, count in counts.items() if count
     ]  # fmt: skip

@@ -275,9 +275,10 @@ class Stream:
 
     def __init__(
         self, server: Server, prompt: Sequence[int], max_tokens: int, model: str = "tiny",
-        adapter: str = "",
+        adapter: str = "", **values: Any,
     ) -> None:  # fmt: skip
-        """`adapter`: the digest of what `model` stands for."""
+        """`adapter`: the digest of what `model` stands for. `values`: more of the body."""
+        self._values = values
         self.prompt, self.max_tokens = list(prompt), max_tokens
         self.model, self.adapter = model, adapter
         self.tokens: list[int] = []
@@ -292,7 +293,7 @@ class Stream:
             self._future.set_exception(error)
 
     def _run(self) -> Answer:
-        body = asked(self.prompt, self.max_tokens) | {"model": self.model}
+        body = asked(self.prompt, self.max_tokens) | {"model": self.model} | self._values
         finish, timing = "", {}
         with httpx.stream(
             "POST", self._url, json=body, timeout=WAIT_S, trust_env=False

@@ -21,9 +21,11 @@ from kvasir.core.messages import KvWant  # noqa: E402
 from kvasir.engine.fake import KV_TOKEN_BYTES, fake_tokens  # noqa: E402
 from kvasir.engine.tiny import make_tiny  # noqa: E402
 from kvasir.node.work import Stage  # noqa: E402
-from kvasir.transfer.inline import InlineOutlet  # noqa: E402
-from kvasir.transfer.medium import Loaded  # noqa: E402
-from kvasir.transfer.shm import MappedOutlet  # noqa: E402
+from kvasir.transfer.frames import HEADER_BYTES  # noqa: E402
+from kvasir.transfer.inline import InlineInlet  # noqa: E402
+from kvasir.transfer.medium import Inlet  # noqa: E402
+from kvasir.transfer.memory import Memory, Piece  # noqa: E402
+from kvasir.transfer.shm import MappedInlet  # noqa: E402
 from tests.live.cluster import SIZE, Answer, Cluster, cluster, deployment_of, run  # noqa: E402
 
 TORCH_TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # layers, K and V, KV heads, head dim, float32
@@ -312,26 +314,29 @@ def test_nobody_ever_asks(folder: Path, transport: str) -> None:
 # --- failures -------------------------------------------------------------------------------------
 
 
-def damaging_inline(load: Callable[..., Loaded], left: list[int]) -> Callable[..., Loaded]:
-    def damaged(self: InlineOutlet, *args: Any) -> Loaded:
-        loaded = load(self, *args)
-        left[0] -= 1
-        if left[0]:
-            return loaded
-        data = bytearray(b"".join(loaded.inline))
-        data[len(data) // 2] ^= 0x40
-        return loaded._replace(inline=[memoryview(data)])
+def damaging_inline(recv_into: Callable[..., int], left: list[int]) -> Callable[..., int]:
+    """One bit of what comes off the socket, once."""
+
+    def damaged(self: Inlet, buffer: memoryview) -> int:
+        count = recv_into(self, buffer)
+        if left[0] and len(buffer) > HEADER_BYTES:
+            buffer[count // 2] ^= 0x40
+            left[0] -= 1
+        return count
 
     return damaged
 
 
-def damaging_mapped(load: Callable[..., Loaded], left: list[int]) -> Callable[..., Loaded]:
-    """The bytes stand still in the sender's cache: other ones were meant."""
+def damaging_mapped(bring: Callable[..., int], left: list[int]) -> Callable[..., int]:
+    """One bit of what the sender shows, as the receiver reads it, once."""
 
-    def damaged(self: MappedOutlet, *args: Any) -> Loaded:
-        loaded = load(self, *args)
-        left[0] -= 1
-        return loaded if left[0] else loaded._replace(checksum=loaded.checksum ^ 0x40)
+    def damaged(self: MappedInlet, memory: Memory, piece: Piece, payload: bytes) -> int:
+        found = bring(self, memory, piece, payload)
+        if left[0]:
+            left[0] -= 1
+            memory.planes[piece.plane][piece.ids[0]][17] ^= 0x40
+            found = memory.checksum(piece)
+        return found
 
     return damaged
 
@@ -343,8 +348,9 @@ def test_damage_on_the_way(
 ) -> None:
     """The checksum was made at the source: the receiver sees it, and the KV is made again."""
     left = [1]
-    monkeypatch.setattr(InlineOutlet, "load", damaging_inline(InlineOutlet.load, left))
-    monkeypatch.setattr(MappedOutlet, "load", damaging_mapped(MappedOutlet.load, left))
+    monkeypatch.setattr(InlineInlet, "recv_into", damaging_inline(InlineInlet.recv_into, left))
+    monkeypatch.setattr(MappedInlet, "recv_into", damaging_inline(MappedInlet.recv_into, left))
+    monkeypatch.setattr(MappedInlet, "bring", damaging_mapped(MappedInlet.bring, left))
 
     async def main() -> None:
         deployment = deployment_of(folder, engine="fake", transport=transport, first_token=first)

@@ -10,7 +10,8 @@ import asyncio
 import errno
 import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,101 @@ def test_a_disk_that_fails_costs_time_only(
                 assert [e.why for e in c.events(TierPassed)][:1] == ["damaged"]
             rendered = c.platform.metrics.render().decode()
             assert ('kvasir_tier_failures_total{tier="disk"} 1.0' in rendered) == bool(said)
+
+    run(main())
+
+
+# --- real disks that are full or read-only --------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder))
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mount(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+
+
+def remount(folder: Path, mode: str) -> None:
+    """The file that is open for writing keeps a live system from going read-only by a remount; a
+    read-only bind over it does it for who opens anew."""
+    assert mount("--bind", str(folder), str(folder)).returncode == 0
+    assert mount("-o", f"remount,bind,{mode}", str(folder)).returncode == 0
+
+
+@pytest.mark.real
+def test_real_a_disk_that_is_full(golden: Golden, small_disk: Path) -> None:
+    async def main() -> None:
+        tiers = tiers_of("disk", small_disk)
+        async with cluster(deployment_of(golden.folder, kv_blocks=14, mixed=1, tiers=tiers)) as c:
+            assert (await c.ask(PROMPT, N)).tokens == golden.text(PROMPT, N)
+            for seed in range(1, 60):
+                prompt = prompt_of(100, seed)
+                assert (await c.ask(prompt, N)).tokens == golden.text(prompt, N)
+                if c.events(TierOff):
+                    break
+            assert [e.reason for e in c.events(TierOff)] == ["No space left on device"]
+            assert c.events(TierStored), "it was of use before"
+            for prompt in (PROMPT, [*PROMPT, 1]):
+                assert (await c.ask(prompt, N)).tokens == golden.text(prompt, N)
+            await c.at_rest()
+            rendered = c.platform.metrics.render().decode()
+            assert 'kvasir_tier_failures_total{tier="disk"} 1.0' in rendered
+
+    run(main())
+
+
+@pytest.mark.real
+def test_real_a_disk_that_is_read_only(golden: Golden, small_disk: Path) -> None:
+    async def main() -> None:
+        remount(small_disk, "ro")
+        tiers = tiers_of("disk", small_disk)
+        async with cluster(deployment_of(golden.folder, kv_blocks=14, mixed=1, tiers=tiers)) as c:
+            await c.until(lambda: c.events(TierOff))
+            assert [e.reason for e in c.events(TierOff)] == ["Read-only file system"]
+            assert (await c.ask(PROMPT, N)).tokens == golden.text(PROMPT, N)
+            assert not c.events(TierStored)
+            await c.at_rest()
+
+    try:
+        run(main())
+    finally:
+        subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
+
+
+# --- tenants --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("evict", "cached"), [("lru", 0), ("fair", 96)])
+@pytest.mark.parametrize("name", ["none", "host"])
+def test_a_flood_of_one_tenant(golden: Golden, name: str, evict: str, cached: int) -> None:
+    """Unlike prompts of one tenant, more than device and tier hold, between two like ones of
+    another: with fair shares the second finds its prefix, without it does not."""
+
+    async def main() -> None:
+        tiers = {"host": {"blocks": 20}, "load": "always", "wait_s": 30.0}
+        deployment = deployment_of(
+            golden.folder, kv_blocks=20 if name == "none" else 14, mixed=1,
+            tiers=tiers if name == "host" else None,
+        )  # fmt: skip
+        policy = deployment.policy.model_copy(update={"evict": evict})
+        async with cluster(deployment.model_copy(update={"policy": policy})) as c:
+            first = await c.ask(PROMPT, N, tenant="hot")
+            for seed in range(1, 12):
+                await c.ask(prompt_of(100, seed), 2, tenant="flood")
+                await c.at_rest()
+            again = await c.ask([*PROMPT, 1], N, tenant="hot")
+            assert first.tokens == golden.text(PROMPT, N)
+            assert again.tokens == golden.text([*PROMPT, 1], N)
+            assert again.report.prefill.cached_tokens == cached
 
     run(main())
 

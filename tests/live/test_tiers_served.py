@@ -19,6 +19,7 @@ from tests.live.served import (
     prompt_of,
     written,
 )
+from tests.stores import FakeRedis
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -74,6 +75,37 @@ def test_killed_restarted_found_again_and_verified(tmp_path: Path) -> None:
     done = kvasir("verify", tmp_path / "record")
     assert (done.returncode, done.stderr) == (0, "")
     assert "prefill-0.2 (worker)" in done.stdout
+
+
+def test_a_store_outlives_the_whole_server(tmp_path: Path) -> None:
+    """Another server, gateway and workers alike, takes from the store what the first one put there;
+    what both recorded, asking included, verifies."""
+    store = FakeRedis()
+    try:
+        tiers = {"cluster": {"url": store.url, "blocks": 5000}, "load": "always", "wait_s": 10.0}
+        config = deployment(prefill={"kv_blocks": 64, "tiers": tiers})
+        for life in ("first", "second"):
+            folder = tmp_path / life
+            folder.mkdir()
+            with Server(written(folder, config), "--record", folder / "record") as server:
+                asyncio.run(ask_all(server, PROMPTS))
+                server.at_rest()
+                loaded = server.metrics().get('kvasir_tier_loaded_tokens_total{tier="cluster"}', 0)
+                assert (loaded > 0) == (life == "second")
+                assert server.interrupt() == 0
+            done = kvasir("verify", folder / "record")
+            assert (done.returncode, done.stderr) == (0, "")
+    finally:
+        store.stop()
+
+
+def test_a_store_without_an_address_is_an_error_before_anything_is_served(tmp_path: Path) -> None:
+    config = deployment(prefill={"tiers": {"cluster": {"bytes": "1 MiB"}}})
+    done = kvasir("serve", written(tmp_path, config), "--port", "0")
+    assert done.returncode != 0
+    assert "a cluster tier needs the address of a store" in done.stderr
+    assert "pools.prefill.tiers.cluster.url" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 5
 
 
 def test_a_disk_without_a_folder_is_an_error_before_anything_is_served(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The block pool against a model that knows every block by name, and the shape of what it gives."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from kvasir.core.ids import BlockKey
 from kvasir.core.keys import trace_key
 from kvasir.kv.pool import BlockPool, EvictView, FreeRuns
 from kvasir.policy.evict import EVICTS, lru
+from kvasir.policy.quota import furthest_over
 
 CHAINS, CHAIN_BLOCKS = 3, 12
 
@@ -67,13 +70,16 @@ class Sequence:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences of three chains open, grow, commit and close; every answer is foreseen."""
+    """Sequences of three chains open, grow, commit and close; every answer is foreseen. Under
+    `fair` each chain has an owner."""
 
     sequences = Bundle("sequences")
 
-    @initialize(count=st.integers(1, 24))
-    def start(self, count: int) -> None:
-        self.pool = BlockPool(count, EVICTS["lru"])
+    @initialize(count=st.integers(1, 24), evict=st.sampled_from(sorted(EVICTS)))
+    def start(self, count: int, evict: str) -> None:
+        self.fair = evict == "fair"
+        self.pool = BlockPool(count, EVICTS[evict], {"owner 1": 2.0})
+        self.owner: dict[int, str] = {}
         self.count = count
         self.free = set(range(count))
         self.refs: dict[int, int] = {}
@@ -103,9 +109,18 @@ class PoolMachine(RuleBasedStateMachine):
     def model_evict(self, count: int) -> None:
         """Exactly as many of the oldest as `count` new blocks lack."""
         for _ in range(max(0, count - len(self.free))):
-            block = self.cached.pop(0)
-            del self.key[block]
+            block = self.model_victim()
+            self.cached.remove(block)
+            del self.key[block], self.owner[block]
             self.free.add(block)
+
+    def model_victim(self) -> int:
+        """The oldest; under `fair` of whoever has most named blocks for their weight, if any of
+        them may go."""
+        named = Counter(self.owner.values())
+        able = {self.owner[block] for block in self.cached}
+        who = furthest_over({o: n for o, n in named.items() if o in able}, {"owner 1": 2.0})
+        return next(block for block in self.cached if self.owner[block] == who)
 
     def model_free(self, blocks: list[int]) -> None:
         for block in reversed(blocks):
@@ -151,9 +166,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(sequence=sequences, upto=st.integers(0, CHAIN_BLOCKS))
     def commit(self, sequence: Sequence, upto: int) -> None:
         for block, key in zip(sequence.blocks[:upto], chain_keys(sequence.chain), strict=False):
-            self.pool.commit(block, key)
+            owner = f"owner {sequence.chain}" if self.fair else ""
+            self.pool.commit(block, key, owner)
             if block not in self.key and key not in self.key.values():
-                self.key[block] = key
+                self.key[block], self.owner[block] = key, owner
 
     @rule(sequence=consumes(sequences))
     def close(self, sequence: Sequence) -> None:
@@ -164,7 +180,7 @@ class PoolMachine(RuleBasedStateMachine):
     def clear(self) -> None:
         self.pool.clear()
         for block in self.cached:
-            del self.key[block]
+            del self.key[block], self.owner[block]
         self.free |= set(self.cached)
         self.cached = []
 

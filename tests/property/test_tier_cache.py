@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,19 +12,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvasir.core.keys import trace_key
 from kvasir.kv.pool import BlockPool
-from kvasir.kv.tiers import TierCache, Use
+from kvasir.kv.tiers import TierCache, Use, anyone
 from kvasir.policy.evict import RANKS, lru
+from kvasir.policy.quota import furthest_over
 
 CHAINS, DEPTH, SLOTS = 4, 6, 7
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Prompts are stored block by block and used; slots are held while they are read."""
+    """Prompts are stored block by block and used; slots are held while they are read. Chains may
+    have owners, among whom shares are fair."""
 
-    @initialize(name=st.sampled_from(sorted(RANKS)))
-    def begin(self, name: str) -> None:
-        self.rank = RANKS[name]
-        self.cache = TierCache(SLOTS, self.rank)
+    @initialize(name=st.sampled_from(sorted(RANKS)), owners=st.sampled_from(["", "ab", "abcd"]))
+    def begin(self, name: str, owners: str) -> None:
+        self.rank, self.owners = RANKS[name], owners
+        gives_up = partial(furthest_over, weights={"a": 2.0}) if owners else anyone
+        self.cache = TierCache(SLOTS, self.rank, gives_up)
         self.slots: dict[bytes, int] = {}
         self.uses: dict[bytes, Use] = {}
         self.held: dict[int, int] = {}
@@ -35,16 +41,20 @@ class CacheMachine(RuleBasedStateMachine):
         """A prompt: what is there is used again, what is not is stored behind it."""
         self.tick += 1
         for depth in range(count):
-            key = trace_key(100 * chain + depth)
-            assert self.cache.touch(key, self.tick, seconds, again=True) == (key in self.slots)
-            if key not in self.slots:
-                self.store(key, Use(depth, self.tick, seconds, floor=self.cache.floor))
+            key, floor = trace_key(100 * chain + depth), self.cache.floor
+            owner = self.owners[chain % len(self.owners)] if self.owners else ""
+            known = self.cache.touch(key, self.tick, seconds, again=True, owner=owner)
+            assert known == (key in self.slots)
+            if not known:
+                self.store(key, Use(depth, self.tick, seconds, floor=floor, owner=owner))
 
     def store(self, key: bytes, use: Use) -> None:
         full = len(self.slots) == SLOTS
-        ranks = {k: self.rank(self.uses[k]) for k in self.idle()}
+        owner = self.giver(use.owner)
+        ranks = {k: self.rank(self.uses[k]) for k in self.idle() if self.uses[k].owner == owner}
         slot = self.cache.reserve(use)
-        if full and (not ranks or self.rank(use) <= min(ranks.values())):
+        own = owner == use.owner
+        if full and (not ranks or (own and self.rank(use) <= min(ranks.values()))):
             assert slot is None
             return
         assert slot is not None
@@ -55,6 +65,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.name(slot, key, use)
         self.cache.release([slot])
         self.slots[key], self.uses[key] = slot, use
+
+    def giver(self, comer: str) -> str:
+        """Who gives a block up for one of `comer`: whoever has most for their weight, of those that
+        can, with the new block counted."""
+        owned = Counter([comer, *(use.owner for use in self.uses.values())])
+        able = {comer, *(self.uses[key].owner for key in self.idle())}
+        return furthest_over({o: n for o, n in owned.items() if o in able}, {"a": 2.0})
 
     @precondition(lambda self: self.slots)
     @rule(pick=st.integers(0, 99))

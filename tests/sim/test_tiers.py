@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from kvasir.core.events import Preempted, Prefilled, Recomputed, TierHit, TierOff, TierPassed
+from kvasir.core.events import (
+    Preempted,
+    Prefilled,
+    Recomputed,
+    TierBack,
+    TierHit,
+    TierOff,
+    TierPassed,
+)
 from kvasir.core.specs.deployment import FittedCost
 from kvasir.core.specs.faults import FaultSpec
 from kvasir.core.specs.tiers import TiersSpec
@@ -65,6 +73,78 @@ def counted(rows: Sequence[Arrival], size: int, device: int, host: int, disk: in
         for cache in caches.values():
             cache.use(blocks)
     return found
+
+
+class SharedLru:
+    """A store that all share, as it sees itself: what was put or read last stays. A worker puts
+    what it does not know to be there."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.blocks, self.known = capacity, OrderedDict[int, None](), set[int]()
+
+    def ask(self, blocks: Sequence[int]) -> list[int]:
+        count = next((i for i, b in enumerate(blocks) if b not in self.blocks), len(blocks))
+        self.known |= set(blocks[:count])
+        self.known -= set(blocks[count:])
+        return list(blocks[:count])
+
+    def use(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.blocks[block] = None
+            self.blocks.move_to_end(block)
+        while len(self.blocks) > self.capacity:
+            self.blocks.popitem(last=False)
+
+
+def counted_with_store(
+    rows: Sequence[Arrival], size: int, device: int, host: int, cluster: int
+) -> Counter[str]:
+    """As `counted`; the store is asked for all from the first block on that no other has."""
+    device_lru, host_lru, store = Lru(device - 1), Lru(host), SharedLru(cluster)
+    found: Counter[str] = Counter()
+    for row in rows:
+        blocks = row.hash_ids[: row.input_tokens // size]
+        at = 0
+        while at < len(blocks) and blocks[at] in device_lru.blocks:
+            at += 1
+        found["device"] += at
+        below = at
+        while below < len(blocks) and blocks[below] in host_lru.blocks:
+            below += 1
+        there, read = set(store.ask(blocks[below:])), list[int]()
+        for block in blocks[at:]:
+            if block not in host_lru.blocks and block not in there:
+                break
+            found["host" if block in host_lru.blocks else "cluster"] += 1
+            read += [] if block in host_lru.blocks else [block]
+        store.use(read)
+        new = [block for block in blocks if block not in store.known]
+        store.use(new)
+        store.known |= set(new)
+        for cache in (device_lru, host_lru):
+            cache.use(blocks)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(300, 1000, 4000), (300, 1000, 100_000)], ids=str)
+def test_hits_by_tier_with_a_shared_store(sizes: tuple[int, int, int]) -> None:
+    """The trace again, whose third tier is the store of the cluster."""
+    trace = load("mooncake-conversation")
+    size = trace.block_size or 0
+    rows = [a for a in trace.arrivals[:600] if a.input_tokens % size]
+    spaced = [Arrival(i * APART_S, a.input_tokens, 1, a.hash_ids) for i, a in enumerate(rows)]
+    device, host, store = sizes
+    deployment = tiered(
+        {"kv_blocks": device}, host={"blocks": host, "bytes_per_s": FAST},
+        cluster={"blocks": store, "bytes_per_s": FAST}, load="always",
+    ).model_copy(update={"block_size": size})  # fmt: skip
+    result = simulate(deployment, Trace("spaced", size, tuple(spaced)))
+    expected = counted_with_store(rows, size, device, host, store)
+    assert min(expected.values()) > 0
+    for tier in ("host", "cluster"):
+        assert result.counts[f"TierHit: {tier}, tokens"] == expected[tier] * size
+    hits = sum(outcome.cached_tokens for outcome in result.outcomes)
+    assert hits == sum(expected.values()) * size
 
 
 @pytest.mark.parametrize(
@@ -148,7 +228,7 @@ def test_a_worker_that_is_slower_than_it_says_is_found_out() -> None:
     """The assumed rate is a hundred times the true one: loads are late, then passed over."""
     deployment = tiered(SMALL, host={"blocks": 5000, "bytes_per_s": 1e9}, wait_s=0.0)
     world = Watched(deployment, turns())
-    world.tiers._all["mixed-0"]["host"].bytes_per_s = 1e6
+    world.tiers._all["mixed-0"]["host"].drive.bytes_per_s = 1e6
     world.run()
     whys = Counter(e.why for e in world.events_of(TierPassed))
     assert whys["late"] and whys["sooner"] > whys["late"]
@@ -214,8 +294,9 @@ def test_a_restart_finds_its_disk_again_and_not_its_memory() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_invariants_under_faults(seed: int) -> None:
     """Deaths, lost messages, clients that leave, tiers that fail or lie: checked throughout."""
+    tiers = TiersSpec.model_validate(BOTH | {"cluster": CLUSTER | {"blocks": 100}})
     deployment = cluster(
-        "prefill", "decode", "mixed", count=1, pool={"kv_blocks": 60, "tiers": TiersSpec(**BOTH)},
+        "prefill", "decode", "mixed", count=1, pool={"kv_blocks": 60, "tiers": tiers},
         route={"output_reserve_tokens": 0},
     )  # fmt: skip
     spec = FaultSpec(loss=0.01, delay_s_max=0.01, deaths=3, down_s=0.5, cancel=0.1, until_s=3.0)
@@ -223,7 +304,7 @@ def test_invariants_under_faults(seed: int) -> None:
     world._after_event = lambda w: w.check_touched()
     rng = random.Random(seed)
     for worker in ("mixed-0", "prefill-0"):
-        at, tier = rng.random() * 2, rng.choice(["host", "disk"])
+        at, tier = rng.random() * 2, rng.choice(["host", "disk", "cluster"])
         act = rng.choice([world.tiers.damage, lambda w, t: world.tiers.lose(w, t, "x")])
         world.schedule(at, lambda w=worker, t=tier, a=act: a(w, t) if w in world.hosts else None)
     world.run()
@@ -231,14 +312,140 @@ def test_invariants_under_faults(seed: int) -> None:
     world.rest(60.0)
     for node in world.workers():
         node.check()
-        assert not node.tiers.reading and node.pool.held == 0 and node.pool.idle_pins == 0
+        assert not node.tiers.reading and not node.tiers.asking
+        assert node.pool.held == 0 and node.pool.idle_pins == 0
+
+
+# --- a tier that all share ------------------------------------------------------------------------
+
+
+CLUSTER = {"blocks": 5000, "bytes_per_s": 1e9}
+
+
+def shared_by_two(first: Sequence[Arrival], **cluster_tier: Any) -> Watched:
+    """Two workers behind round robin, so that the same prompt twice meets both."""
+    tiers = TiersSpec.model_validate({"cluster": CLUSTER | cluster_tier})
+    pool = SMALL | {"tiers": tiers}
+    return Watched(cluster("mixed", pool=pool, route={"name": "round_robin"}), first)
+
+
+def test_what_one_worker_stored_another_loads() -> None:
+    rows = [Arrival(0.0, 400, 2, tuple(range(25))), Arrival(5.0, 400, 2, tuple(range(25)))]
+    world = shared_by_two(rows)
+    world.run()
+    world.check()
+    assert [e.worker for e in world.events_of(Prefilled)] == ["mixed-0", "mixed-1"]
+    (hit,) = world.events_of(TierHit)
+    assert (hit.worker, hit.tier, hit.tokens) == ("mixed-1", "cluster", 384)
+
+
+def test_all_restart_and_find_it_again() -> None:
+    rows = [Arrival(0.0, 400, 2, tuple(range(25))), Arrival(20.0, 400, 2, tuple(range(25)))]
+    outages = [{"worker": f"mixed-{i}", "at_s": 8, "for_s": 2} for i in range(2)]
+    faults = FaultSpec.model_validate({"outages": outages})
+    deployment = cluster("mixed", pool=SMALL | {"tiers": TiersSpec.model_validate(
+        {"cluster": CLUSTER, "host": {"blocks": 100}})})  # fmt: skip
+    world = watched(deployment, rows, faults=Faults(faults, 0))
+    assert [(e.tier, e.tokens) for e in world.events_of(TierHit)] == [("cluster", 384)]
+
+
+@pytest.mark.parametrize("bytes_per_s", [1e5, 1e6, 1e7, 1e8, 1e10])
+@pytest.mark.parametrize("latency_s", [1e-4, 1e-2])
+def test_asking_never_costs_much(bytes_per_s: float, latency_s: float) -> None:
+    cluster_tier = {"blocks": 5000, "bytes_per_s": bytes_per_s, "latency_s": latency_s}
+    none, auto = ttft(tiered(SMALL)), ttft(tiered(SMALL, cluster=cluster_tier))
+    assert auto < 1.03 * none
+    if bytes_per_s >= 1e8 and latency_s < 1e-3:  # computing takes about 14 ms
+        assert auto < 0.85 * none
+
+
+def test_a_store_that_holds_nothing_is_asked_less() -> None:
+    """Prompts that nobody had before: asking is in vain, and costs next to nothing."""
+    rows = [Arrival(i / 4, 400, 2, tuple(range(i * 100, i * 100 + 25))) for i in range(100)]
+    world = shared_by_two(rows, latency_s=1e-3)
+    asked: list[int] = []
+    ask = world.tiers.ask
+    world.tiers.ask = lambda *args: asked.append(ask(*args))  # type: ignore[method-assign,func-returns-value]
+    world.run()
+    assert 0 < len(asked) < 20 and len(world.recorder.outcomes) == 100
+
+
+def test_a_shared_store_that_fails_is_left_alone_and_tried_again() -> None:
+    world, at = shared_by_two(turns()), dict[type, list[float]]()
+    told = world.recorder.event
+
+    def listen(now: float, event: Any) -> None:
+        at.setdefault(type(event), []).append(now)
+        told(now, event)
+
+    world.recorder.event = listen  # type: ignore[method-assign]
+    world.schedule(8.0, lambda: world.tiers.lose("mixed-0", "cluster", "connection refused"))
+    world.schedule(18.0, lambda: world.tiers.mend("mixed-0", "cluster"))
+    world.run()
+    world.check()
+    assert len(at[TierOff]) == len(at[TierBack]) == 2
+    assert at[TierOff][0] == 8.0 and 18.0 < at[TierBack][0] < 26.0
+    assert any(t < 8.0 for t in at[TierHit]) and any(t > 18.0 for t in at[TierHit])
+    assert not any(8.0 < t < 18.0 for t in at[TierHit])
+    assert len(world.recorder.outcomes) == 120
+
+
+def test_what_a_store_evicted_or_lost_is_computed() -> None:
+    small = shared_by_two(turns(), blocks=60)
+    small.run()
+    small.check()
+    emptied = shared_by_two(turns())
+    emptied.schedule(15.0, lambda: emptied.tiers.damage("mixed-0", "cluster"))
+    emptied.run()
+    emptied.check()
+    for world in (small, emptied):
+        assert len(world.recorder.outcomes) == 120
+
+
+# --- tenants --------------------------------------------------------------------------------------
+
+
+def flood() -> list[Arrival]:
+    """`hot` comes back to one prefix every two seconds; `flood` asks something new all the time."""
+    rows = [Arrival(2.0 * i, 400, 2, tuple(range(25)), tenant="hot") for i in range(15)]
+    rows += [
+        Arrival(0.5 + i / 10, 400, 2, tuple(range(1000 * i, 1000 * i + 25)), tenant="flood")
+        for i in range(1, 290)
+    ]
+    return sorted(rows, key=lambda row: row.at_s)
+
+
+def hot_cached(evict: str, kv_blocks: int, tiers: TiersSpec | None) -> list[int]:
+    """Cached tokens of each of the hot tenant's prompts."""
+    pool = {"kv_blocks": kv_blocks, "tiers": tiers}
+    deployment = cluster("mixed", count=1, pool=pool)
+    policy = deployment.policy.model_copy(update={"evict": evict})
+    rows = flood()
+    world = watched(deployment.model_copy(update={"policy": policy}), rows)
+    hot = {f"r{i}" for i, row in enumerate(rows) if row.tenant == "hot"}
+    return [e.cached_tokens for e in world.events_of(Prefilled) if e.request_id in hot]
+
+
+def test_a_flood_takes_the_device_unless_shares_are_fair() -> None:
+    assert set(hot_cached("lru", 150, None)) == {0}
+    assert set(hot_cached("fair", 150, None)[1:]) == {384}
+
+
+def test_a_flood_takes_a_tier_unless_shares_are_fair() -> None:
+    """A device so small that each prompt needs nearly all of it, and a tier that the flood fills
+    twice between two visits."""
+    tiers = TiersSpec.model_validate({"host": {"blocks": 250, "bytes_per_s": 1e10}})
+    assert max(hot_cached("fair", 28, None)) < 100, "the device alone is no help"
+    assert max(hot_cached("lru", 28, tiers)) < 100
+    assert set(hot_cached("fair", 28, tiers)[1:]) == {384}
 
 
 def test_the_same_bytes_twice_and_a_recording_that_verifies(tmp_path: Path) -> None:
-    pool = {"kv_blocks": 60, "tiers": TiersSpec(**BOTH)}
+    tiers = TiersSpec.model_validate(BOTH | {"cluster": CLUSTER})
+    pool = {"kv_blocks": 60, "tiers": tiers}
     deployment = cluster("prefill", "decode", count=2, pool=pool)
     trace = Trace("t", 16, tuple(arrivals(80)))
     first = simulate(deployment, trace, record=tmp_path)
-    assert first.counts["TierStored"] > 0
+    assert first.counts["TierStored"] > 0 and first.counts["TierHit: cluster, tokens"] > 0
     assert simulate(deployment, trace).to_json() == first.to_json()
     assert all(not node.difference for node in verify_dir(tmp_path).nodes)

@@ -2,14 +2,17 @@
 
 import asyncio
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from kvasir.core.specs.tenants import CachesSpec
+from kvasir.gateway.caches import Caching
 from kvasir.gateway.fake import FakeDesk, FakeText
 from kvasir.gateway.openai import Caller, Plan, plan_chat, plan_completion
-from kvasir.gateway.schema import BadField, decode_chat, decode_completion
+from kvasir.gateway.schema import BadField, decode_cache, decode_chat, decode_completion
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 EXAMPLE = re.compile(
@@ -29,8 +32,17 @@ class Example(NamedTuple):
 EXAMPLES = [Example(*found.groups()) for found in EXAMPLE.finditer(PAGE)]
 
 
-def planned(example: Example) -> Plan:
+def served(example: Example) -> bool:
     raw, desk = example.body.encode(), FakeDesk(FakeText())
+    if example.path == "/v1/caches":
+        caching, card = Caching(desk, CachesSpec(), time.time), desk.models()[0]
+        body = decode_cache(raw)
+        made = asyncio.run(caching.create(body, FakeText(), card, "default", "r"))
+        return bool(made["status"] == "ready")
+    return bool(planned(example, raw, desk).asks)
+
+
+def planned(example: Example, raw: bytes, desk: FakeDesk) -> Plan:
     if example.path == "/v1/chat/completions":
         return asyncio.run(plan_chat(decode_chat(raw), desk, Caller("r"), "r"))
     assert example.path == "/v1/completions"
@@ -45,10 +57,10 @@ def test_each_json_block_is_an_example() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda one: f"{one.kind}:{one.body[:40]}")
 def test_an_example_does_what_the_page_says(example: Example) -> None:
     if example.kind == "served":
-        assert planned(example).asks
+        assert served(example)
         return
     with pytest.raises(BadField) as caught:
-        planned(example)
+        served(example)
     assert example.said is not None and str(caught.value) == example.said.rstrip("\n")
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from bench import codec_adapt
-from kvasir.policy.codec import RAW, allowed
+from kvasir.core.codec import RAW
+from kvasir.cost.codec import KNOWN
+from kvasir.policy.codec import allowed
 from kvasir.transfer.codec import NUMPY, Chunk, Coding, Tensor
 from kvasir.transfer.codec.levels import LEVELS
-from kvasir.transfer.codec.offers import CODINGS, KNOWN, Rate, measure, offers_of
+from kvasir.transfer.codec.offers import CODINGS, Rate, measure, offers_of
 
 
 def test_rates_are_bytes_of_kv_by_the_given_clock() -> None:

@@ -57,7 +57,7 @@ BAD: dict[str, tuple[str, int, str, str]] = {
         "policy.route.oracle",
     ),
     "far from every key": (
-        GOOD + "zzz: 1\n", 18, "zzz is not a known key", "block_size, endpoints",
+        GOOD + "zzz: 1\n", 18, "zzz is not a known key", "block_size, caches",
     ),
     "wrong choice": (
         replaced("role: decode", "role: decoder"), 10,

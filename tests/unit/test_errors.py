@@ -12,6 +12,7 @@ TREE: dict[type[KvasirError], tuple[int, bool, type[Exception]]] = {
     errors.TraceError: (400, False, KvasirError),
     errors.ModelError: (400, False, KvasirError),
     errors.RequestError: (400, False, KvasirError),
+    errors.Unauthorised: (401, False, errors.RequestError),
     errors.Forbidden: (403, False, errors.RequestError),
     errors.NotFound: (404, False, errors.RequestError),
     errors.TooLarge: (413, False, errors.RequestError),

@@ -33,6 +33,12 @@ NAMES = {
     "kvasir_tier_bytes_total": {"tier", "way"},
     "kvasir_tier_passed_tokens_total": {"why"},
     "kvasir_tier_failures_total": {"tier"},
+    "kvasir_caches_total": {"state"},
+    "kvasir_pinned_blocks": {"worker"},
+    "kvasir_copied_blocks_total": {"purpose"},
+    "kvasir_copied_blocks_used_total": {"purpose"},
+    "kvasir_copied_blocks_wasted_total": {"purpose"},
+    "kvasir_copies_failed_total": {"purpose", "reason"},
     "kvasir_retries_total": {"reason"},
     "kvasir_transport_fallbacks_total": {"wanted", "used"},
     "kvasir_workers_up": set(),
@@ -64,6 +70,10 @@ def full() -> Metrics:
         ev.TierStored("decode-0", "disk", 2, 4096, 0.01),
         ev.TierPassed("decode-0", "r", 16, "sooner"),
         ev.TierOff("decode-0", "disk", "No space left on device"),
+        ev.CacheChanged("ready", 10),
+        ev.BlocksCopied("prefill-1", "prefill-0", "hot", 9, 4096, 0.01, "nixl"),
+        ev.CopiesUsed("prefill-1", "hot", 5, 2),
+        ev.CopyFailed("prefill-1", "prefill-0", "hot", "no room"),
         ev.Retried("r", 2, "worker gone"),
         ev.Rejected("q", 429, "full"),
         closed(),
@@ -72,7 +82,7 @@ def full() -> Metrics:
     metrics.first_token(0.2, "disaggregated", "tiny")
     metrics.token_gap(0.02)
     metrics.gauges(2, 5, {"prefill-0": 0.25, "decode-0": 0.5})
-    metrics.holdings({"prefill-0": Holding(9, 1, 2, 3)})
+    metrics.holdings({"prefill-0": Holding(9, 1, 2, 3, 4)})
     metrics.prefix_index(1200, 7)
     return metrics
 
@@ -97,6 +107,12 @@ def test_holdings_have_a_gauge_each() -> None:
     assert not any(name == "kvasir_leases" for name, _ in samples(metrics))
 
 
+def test_blocks_that_were_copied_are_used_or_wasted() -> None:
+    metrics = full()
+    names = ("copied_blocks", "copied_blocks_used", "copied_blocks_wasted")
+    assert [value(metrics, f"kvasir_{n}_total", purpose="hot") for n in names] == [9, 5, 2]
+
+
 def test_names_and_labels() -> None:
     seen: dict[str, set[str]] = {}
     for name, labels in samples(full()):
@@ -119,7 +135,7 @@ def test_every_series_is_ours_and_none_tells_when_it_was_made() -> None:
         ("requests_rejected_total", {"status": "429"}, 1),
         ("kv_transfer_bytes_total", {"transport": "shm"}, 4096),
         ("kv_transfer_bytes_total", {"transport": "tcp"}, 1000),
-        ("kv_transfer_seconds_count", {}, 2),
+        ("kv_transfer_seconds_count", {}, 3),
         ("kv_transfer_failures_total", {"reason": "checksum"}, 1),
         ("kv_recomputed_tokens_total", {"reason": "preempted"}, 40),
         ("kv_cache_usage_ratio", {"worker": "decode-0"}, 0.5),

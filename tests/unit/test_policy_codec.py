@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvasir.policy.codec import GAIN_MIN, RAW, RECOMPUTE, Offer, Task, allowed, choose, predicted_s
+from kvasir.core.codec import RAW, Offer
+from kvasir.policy.codec import GAIN_MIN, RECOMPUTE, Task, allowed, choose, predicted_s
 
 OFFERS = (
     Offer(RAW, 0.0),

@@ -58,6 +58,8 @@ IMPORT_CALLS = {"import_module", "importlib.import_module", "__import__"}
 # "node/worker.py" or "node/worker.py::Worker.step" -> why it is better long than split.
 LONG_FOR_A_REASON: dict[str, str] = {
     "node/conductor.py": "one state machine that reads top to bottom; its parts share every field",
+    "node/worker.py": "as the conductor; what can stand alone is in steps, tiers, outbound, ...",
+    "core/messages.py": "all that nodes say to one another, on one page",
 }
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/)\]}])[/](?:work|root|home|Users)[/'\"\s]")

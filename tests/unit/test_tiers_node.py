@@ -4,10 +4,18 @@ from typing import Any
 
 import pytest
 
-from kvasir.core.effects import Release, Restore, Step, Store
-from kvasir.core.events import Preempted, Recomputed, TierHit, TierOff, TierPassed, TierStored
-from kvasir.core.messages import Abort, Finished, KvEvents, KvResync, Load, PrefillDone
-from kvasir.core.tiers import Moved, Restored, Stored, TierGone, TierReady
+from kvasir.core.effects import NOWHERE, Ask, Release, Reopen, Restore, Step, Store, Timer
+from kvasir.core.events import (
+    Preempted,
+    Recomputed,
+    TierBack,
+    TierHit,
+    TierOff,
+    TierPassed,
+    TierStored,
+)
+from kvasir.core.messages import Abort, Alarm, Finished, KvEvents, KvResync, Load, PrefillDone
+from kvasir.core.tiers import Held, Moved, Restored, Stored, TierGone, TierReady
 from kvasir.node.worker import Worker
 from kvasir.policy.tiers import PrefillCost, TierRule, TierRules
 from tests.nodes import Driven, Effects, dispatch, keys, request
@@ -332,6 +340,125 @@ def test_a_tier_that_goes_while_it_is_used() -> None:
     w(Restored("again", 1, 0, (), "gone"))
     w(over(w.heard.of(Step)[-1], ends=["new"]))
     assert w.heard.of(Step)[-1].rows[0].start == 0
+
+
+# --- a tier that all share ------------------------------------------------------------------------
+
+
+def shared_rule(blocks: int = 64, latency_s: float = 0.01) -> TierRule:
+    return TierRule("cluster", blocks, 1e6, "lru", "always", "store", latency_s)
+
+
+def asked(w: Driven[Worker], request_id: str = "r", tokens: int = 15) -> Ask:
+    return begin(w, request_id, tokens, keys=keys(3, GROUP)).one(Ask)
+
+
+def test_a_shared_tier_is_asked_and_what_it_has_is_loaded() -> None:
+    w = tiered(shared_rule())
+    ask = asked(w)
+    assert ask.keys == keys(3, GROUP) and w.node.pool.held == 0
+    assert beat(w, after=0.0).told(Load).one().waiting == 1
+    restore = w(Held("r", 1, "cluster", 2, 0.01)).one(Restore)
+    assert restore.keys == keys(3, GROUP)[:2]
+    assert restore.shelves[0].slots == (NOWHERE, NOWHERE)
+    step = w(Restored("r", 1, 2, moved(restore))).one(Step)
+    assert step.rows[0].start == 8
+    copy = w(over(step)).one(Store)
+    assert copy.keys == keys(3, GROUP)[2:] and copy.slots == (NOWHERE,), "only what it lacks"
+    assert not w(Stored(copy.id, 1, 40, 0.01)).told(KvEvents).messages, "no index knows of it"
+
+
+def test_what_a_shared_tier_lacks_is_computed_without_asking_twice() -> None:
+    w = tiered(shared_rule())
+    asked(w)
+    effects = w(Held("r", 1, "cluster", 0, 0.01))
+    assert not effects.of(Ask) and effects.one(Step).rows[0].count == 15
+
+
+def test_a_local_tier_gives_what_it_has_and_a_shared_one_the_rest() -> None:
+    w = tiered(rule("host", blocks=2), shared_rule())
+    asked(w)
+    w(Held("r", 1, "cluster", 0, 0.01))
+    w(over(w.heard.of(Step)[-1], ends=["r"]), after=15.0)
+    stored(w)
+    flush(w)
+    ask = begin(w, "again", 20, keys=keys(4, GROUP)).one(Ask)
+    assert ask.keys == keys(4, GROUP)[2:]
+    restore = w(Held("again", 1, "cluster", 2, 0.01)).one(Restore)
+    assert [(s.tier, len(s.slots)) for s in restore.shelves] == [("host", 2), ("cluster", 2)]
+
+
+def test_what_a_shared_tier_lost_after_it_was_asked_is_stored_anew() -> None:
+    w = tiered(shared_rule())
+    asked(w)
+    restore = w(Held("r", 1, "cluster", 3, 0.01)).one(Restore)
+    step = w(Restored("r", 1, 1, moved(restore), "damaged")).one(Step)
+    assert step.rows[0].start == 4
+    w(over(step))
+    assert [copy.keys for copy in w.heard.of(Store)] == [keys(3, GROUP)[1:2]]
+
+
+def test_who_asks_keeps_its_place_and_others_run() -> None:
+    w = tiered(shared_rule())
+    asked(w)
+    assert [r.request_id for r in begin(w, "new", 3, keys=()).one(Step).rows] == ["new"]
+    w(Held("r", 1, "cluster", 0, 0.01))
+    after = w(over(w.heard.of(Step)[-1])).one(Step)
+    assert [row.request_id for row in after.rows] == ["r"]
+
+
+def test_an_abort_while_it_asks_leaves_nothing() -> None:
+    w = tiered(shared_rule())
+    asked(w)
+    w(Abort(1, "r", 1, "x"))
+    assert not w.node.works and not w.node.quarantine
+    assert not w(Held("r", 1, "cluster", 3, 0.01)).of(Restore) and not w.node.tiers.asking
+
+
+def test_a_prompt_too_short_to_gain_is_not_asked_for() -> None:
+    w = tiered(shared_rule(latency_s=100.0))
+    assert begin(w, "r", 15).one(Step)
+
+
+def test_asking_in_vain_is_unlearned_and_bounded() -> None:
+    """A store that has nothing is asked less and less, where little is to be gained."""
+    w = tiered(shared_rule(latency_s=2.0))
+    asks = 0
+    for i in range(20):
+        effects = begin(w, f"r{i}", 15, keys=keys(3, i))
+        asks += bool(effects.of(Ask))
+        if effects.of(Ask):
+            w(Held(f"r{i}", 1, "cluster", 0, 2.0))
+        w(over(w.heard.of(Step)[-1], ends=[f"r{i}"]), after=15.0)
+        stored(w)
+        flush(w, f"flush{i}")
+    assert 1 <= asks <= 10
+
+
+def test_a_shared_tier_that_failed_is_tried_again_ever_later() -> None:
+    w = tiered(shared_rule())
+    waits = []
+    for attempt in range(8):
+        gone = w(TierGone("cluster", "connection refused"))
+        assert len(gone.noted(TierOff)) == (attempt == 0), "one alarm"
+        (timer,) = [t for t in gone.of(Timer) if t.name != "beat"]
+        waits.append(timer.at - w.now)
+        assert w(Alarm(timer.name), after=waits[-1]).one(Reopen).tier == "cluster"
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert w(TierReady("cluster")).noted(TierBack)
+    assert begin(w, "back", 15).of(Ask)
+
+
+def test_a_shared_tier_that_goes_while_it_is_used() -> None:
+    w = tiered(shared_rule())
+    asked(w)
+    restore = w(Held("r", 1, "cluster", 3, 0.01)).one(Restore)
+    w(TierGone("cluster", "x"))
+    (timer,) = [t for t in w.heard.of(Timer) if t.name != "beat"]
+    w(Alarm(timer.name), after=1.0)
+    w(TierReady("cluster"))
+    step = w(Restored("r", 1, 0, moved(restore), "gone")).one(Step)
+    assert step.rows[0].start == 0 and w.node.tiers.states["cluster"].expected == 0
 
 
 def test_an_index_that_lost_count_is_told_all_tiers() -> None:

@@ -11,7 +11,7 @@ from kvasir.core.specs.tiers import HostTier
 from kvasir.cost.pools import step_model
 from kvasir.node.build import worker_config
 from kvasir.policy.evict import RANKS
-from kvasir.policy.tiers import Offer, PrefillCost, assumed, choose
+from kvasir.policy.tiers import Offer, PrefillCost, asks, assumed, choose, retry_s
 
 FAST, SLOW = Offer("host", 100, 0.01, 0.1), Offer("disk", 100, 0.5, 0.1)
 BARGAIN = Offer("disk", 900, 0.5, 1.0)
@@ -29,6 +29,30 @@ BARGAIN = Offer("disk", 900, 0.5, 1.0)
 def test_as_many_offers_as_pay(offers: list[Offer], wait_s: float, taken: int) -> None:
     assert choose(offers, wait_s).offers == taken
     assert choose(offers, wait_s, always=True).offers == len(offers)
+
+
+@pytest.mark.parametrize(("behind", "taken"), [(0, 0), (3, 0), (5, 1)])
+def test_who_waits_behind_counts(behind: int, taken: int) -> None:
+    """Half a second of loading, a tenth of computing: once five others would wait for the engine,
+    loading costs less waiting. The time that a load is worth grows with them."""
+    choice = choose([SLOW], 0.0, behind=behind)
+    assert choice.offers == taken and choice.worth_s == pytest.approx(0.1 * (1 + behind))
+    assert ("behind" in choice.why) == bool(behind)
+
+
+@pytest.mark.parametrize(
+    ("gain_s", "share", "asked"),
+    [(1.0, 1.0, True), (0.005, 1.0, False), (1.0, 0.0, True), (0.4, 0.0, False),
+     (0.4, 0.1, True), (-1.0, 1.0, False)],
+)  # fmt: skip
+def test_asking_costs_at_most_a_little_of_what_it_may_save(
+    gain_s: float, share: float, asked: bool
+) -> None:
+    assert asks(gain_s, 0.01, share) == asked
+
+
+def test_a_failed_tier_is_left_alone_ever_longer() -> None:
+    assert [retry_s(n) for n in (1, 2, 3, 7, 500)] == [1, 2, 4, 60, 60]
 
 
 def test_a_choice_says_what_it_compared() -> None:
@@ -80,6 +104,9 @@ def test_the_names_of_rules_are_those_that_there_are() -> None:
         ("disk: {blocks: 0}", "greater than 0"),
         ("tape: {blocks: 1}", "tape is not a known key"),
         ("host: {bytes: 100}", "hold no block of"),
+        ("cluster: {url: \"redis://h:1/0\"}", "give its size"),
+        ("cluster: {blocks: 3, url: \"memcached://h:1\"}", "begins with one of redis"),
+        ("cluster: {blocks: 3, evict: lru}", "cluster.evict is not a known key"),
     ],
 )
 def test_a_wrong_tier_is_told(tiers: str, said: str) -> None:

@@ -19,6 +19,7 @@ VERBS: Final = {
     "explain": "Why a recorded request ran where it did: candidates and score terms.",
     "timeline": "A recording as Chrome trace JSON, for Perfetto.",
     "measure": "Time an engine; fit the cost that a pool takes.",
+    "drain": "Let a worker of a running server go, in good order.",
     "config": "Check, show or describe kvasir.yaml.",
     "trace": "Look into traces; convert, generate and split them.",
 }

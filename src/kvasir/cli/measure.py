@@ -149,7 +149,8 @@ def _folder(name: str, flags: Flags) -> tuple[Probed, str]:
             stopwatch=time.thread_time if alone else None, progress=report,
         )  # fmt: skip
     clock = "CPU time of one thread" if alone else f"wall time with {flags.threads} threads"
-    return probed, f"{Path(name).name}, {flags.dtype}, {clock}"
+    by = ", attention by the compiled kernel" if runner.kernel is not None else ""
+    return probed, f"{Path(name).name}, {flags.dtype}, {clock}{by}"
 
 
 BLOCK: Final = 16  # tokens of a KV block, as served by default

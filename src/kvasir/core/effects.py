@@ -7,7 +7,7 @@ Decisions are effects: a journal keeps their digest and `kvasir verify` compares
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -87,7 +87,8 @@ class Send(Effect, frozen=True):
     With `step` set, layer by layer while that step computes them (it may be running: layers that
     are done leave now); else at once. `last` closes the
     transfer and carries `report`. No byte is read after `deadline`. Answered by one `SendOver`
-    after the last part, or after a failure or Release.
+    after the last part, or after a failure or Release. With a `codec` (`raw` for none) the part is
+    coded so on its way, where the transport can, and answered by a `Sent` when it has left.
     """
 
     request_id: RequestId
@@ -100,6 +101,7 @@ class Send(Effect, frozen=True):
     step: StepId | None = None
     last: bool = False
     report: PrefillReport | None = None
+    codec: str = ""
 
 
 class Fetch(Effect, frozen=True):
@@ -118,6 +120,9 @@ class Fetch(Effect, frozen=True):
     table: tuple[BlockId, ...] = ()
 
 
+NOWHERE: Final = -1  # a slot of a tier that has none
+
+
 class Store(Effect, frozen=True):
     """Copy full blocks, by name, into slots of a tier. Answered by one `Stored`: until then nobody
     writes to the blocks, and nobody but this effect touches the slots."""
@@ -129,8 +134,25 @@ class Store(Effect, frozen=True):
     slots: tuple[int, ...]
 
 
+class Ask(Effect, frozen=True):
+    """How many leading ones of `keys` a shared tier holds now. Answered by one `Held`, which says
+    none when the tier does not answer."""
+
+    request_id: RequestId
+    attempt: int
+    tier: Tier
+    keys: tuple[BlockKey, ...]
+
+
+class Reopen(Effect, frozen=True):
+    """Try a tier that failed once more. Answered by one `TierReady` or `TierGone`."""
+
+    tier: Tier
+
+
 class Shelf(msgspec.Struct, frozen=True, gc=False):
-    """Slots of one tier, in the order of the blocks that they hold."""
+    """Slots of one tier, in the order of the blocks that they hold; those of a shared tier, which
+    finds blocks by key, are all NOWHERE."""
 
     tier: Tier
     slots: tuple[int, ...]
@@ -158,11 +180,8 @@ class Release(Effect, frozen=True):
     attempt: int
 
 
-class Replicate(Effect, frozen=True):
-    """Copy cached blocks to a peer's cache."""
-
-    keys: tuple[BlockKey, ...]
-    to: WorkerId
+class Quit(Effect, frozen=True):
+    """This node is over, on purpose: end what runs it, and do not start it again."""
 
 
 class SetRole(Effect, frozen=True):
@@ -213,8 +232,8 @@ class Note(Effect, frozen=True):
 
 
 AnyEffect = (
-    Tell | Step | Cut | Send | Fetch | Store | Restore | Release | Replicate | SetRole | LoadAdapter
-    | SetPower | Timer | Reply | Refuse | Note
+    Tell | Step | Cut | Send | Fetch | Store | Ask | Reopen | Restore | Release | Quit
+    | SetRole | LoadAdapter | SetPower | Timer | Reply | Refuse | Note
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@
     |- TraceError              a row of a trace is wrong                      400
     |- ModelError              a model folder is missing or not usable        400
     |- RequestError            a client's request is wrong                    400
+    |  |- Unauthorised         no tenant has this API key                    401
     |  |- Forbidden            the deployment does not allow it               403
     |  |- NotFound             no such model or path                          404
     |  `- TooLarge             body or prompt over a limit                    413
@@ -74,6 +75,11 @@ class ModelError(KvasirError):
 class RequestError(KvasirError):
     status = 400
     kind = "invalid_request_error"
+
+
+class Unauthorised(RequestError):
+    status = 401
+    kind = "authentication_error"
 
 
 class Forbidden(RequestError):

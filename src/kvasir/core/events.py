@@ -81,6 +81,23 @@ class Shipped(Event, frozen=True):
     seconds: float
     transport: str
     tier: int = 0
+    codec: str = ""
+    wire_bytes: int = 0
+
+
+class KvCoded(Event, frozen=True):
+    """A sender chose a form (`raw`: none) for KV of `bytes` that is to go over a link of so many
+    bytes a second. Predicted seconds: of the form, and of the bytes as they are."""
+
+    request_id: RequestId
+    source: WorkerId
+    target: WorkerId
+    codec: str
+    bytes: int
+    link_bytes_s: float
+    seconds: float
+    raw_s: float
+    why: str
 
 
 class TransferFailed(Event, frozen=True):
@@ -158,12 +175,76 @@ class TierStored(Event, frozen=True):
     seconds: float
 
 
+class CacheChanged(Event, frozen=True):
+    """A kept prefix of so many blocks: `new`, `ready`, `lost`, `refused` or `ended`."""
+
+    state: str
+    blocks: int
+
+
+class CopyOrdered(Event, frozen=True):
+    """Cached blocks are to go from `source` to `target` before anybody asks, with the reason."""
+
+    name: RequestId
+    source: WorkerId
+    target: WorkerId
+    purpose: str
+    blocks: int
+    why: str
+
+
+class BlocksCopied(Event, frozen=True):
+    """An order was carried out: so many blocks came into the cache of `worker`."""
+
+    worker: WorkerId
+    source: WorkerId
+    purpose: str
+    blocks: int
+    bytes: int
+    seconds: float
+    transport: str
+
+
+class CopyFailed(Event, frozen=True):
+    """An order came to nothing."""
+
+    worker: WorkerId
+    source: WorkerId
+    purpose: str
+    reason: str
+
+
+class CopiesUsed(Event, frozen=True):
+    """Of blocks that were copied: prompts began with `used` of them for the first time, `wasted`
+    were evicted before any did."""
+
+    worker: WorkerId
+    purpose: str
+    used: int
+    wasted: int
+
+
+class WorkerDraining(Event, frozen=True):
+    """A worker takes nothing new, and is to leave within so many seconds."""
+
+    worker: WorkerId
+    incarnation: int
+    within_s: float
+
+
 class TierOff(Event, frozen=True):
     """An alarm: a tier of a worker failed. Its blocks are computed again where they are wanted."""
 
     worker: WorkerId
     tier: str
     reason: str
+
+
+class TierBack(Event, frozen=True):
+    """A tier that had failed works again."""
+
+    worker: WorkerId
+    tier: str
 
 
 class Retried(Event, frozen=True):
@@ -191,6 +272,7 @@ class Closed(Event, frozen=True):
 
 AnyEvent = (
     WorkerJoined | WorkerLeft | Queued | Routed | Rejected | Prefilled | PrefixUsed | Shipped
-    | TransferFailed | TransportFellBack | Preempted | Recomputed | Speculated
-    | TierHit | TierPassed | TierStored | TierOff | Retried | Closed
+    | KvCoded | TransferFailed | TransportFellBack | Preempted | Recomputed | Speculated
+    | TierHit | TierPassed | TierStored | TierOff | TierBack | Retried | CacheChanged
+    | Closed | CopyOrdered | BlocksCopied | CopyFailed | CopiesUsed | WorkerDraining
 )  # fmt: skip

@@ -16,6 +16,7 @@ BlockKey = bytes  # 16 bytes, see core.keys
 Incarnation = int  # starts at 1, +1 on every restart of the node
 Epoch = int  # conductor's term; workers refuse older ones
 StepId = int  # unique per worker incarnation
+CacheId = str  # of a kept prefix; where a client sees it, nobody can guess it
 BlockId = int  # physical block index inside one worker's pool
 
 CONDUCTOR: Final[NodeId] = "conductor"

@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-Tier = Literal["device", "host", "disk"]  # of a worker's KV, fastest first
+# Of a worker's KV, fastest first; what is in `cluster` all workers share.
+Tier = Literal["device", "host", "disk", "cluster"]
 
 
 class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):

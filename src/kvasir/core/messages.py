@@ -3,8 +3,10 @@
     gateway  --Submit, Ended, GatewayBeat-------------------> conductor
     gateway <--Placed, Lost, Declined------------------------ conductor
     worker   --Hello, Accepted, Refused, PrefillDone, Load,
-               KvEvents, TransferReport, Finished-----------> conductor
-    worker  <--Welcome, Dispatch, Abort, Drain, KvResync----- conductor
+               KvEvents, TransferReport, Finished, Copied,
+               Left-----------------------------------------> conductor
+    worker  <--Welcome, Dispatch, Abort, Drain, KvResync,
+               Copy------------------------------------------ conductor
     gateway  --Prompt--> worker --Tokens, Done--> gateway
     decode   --KvWant--> prefill --KvGone--> decode
 
@@ -21,10 +23,22 @@ from typing import Literal
 
 import msgspec
 
-from kvasir.core.ids import BlockKey, Epoch, Incarnation, NodeId, RequestId, StepId, WorkerId
+from kvasir.core.caches import CacheState, Keep, Kept, Mark, Pin, Retain
+from kvasir.core.codec import Coded, Sent
+from kvasir.core.copies import Copied, Copy, Leave, Left
+from kvasir.core.ids import (
+    BlockKey,
+    CacheId,
+    Epoch,
+    Incarnation,
+    NodeId,
+    RequestId,
+    StepId,
+    WorkerId,
+)
 from kvasir.core.message import Message, Tier
 from kvasir.core.request import Adapter, Request, Steering
-from kvasir.core.tiers import Restored, Stored, TierGone, TierReady
+from kvasir.core.tiers import Held, Restored, Stored, TierGone, TierReady
 
 WIRE_VERSION = 1
 
@@ -75,6 +89,7 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     first_step_s: float = 0.0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    codec: str = ""
 
 
 class Active(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -95,15 +110,18 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
 
 class Submit(Message, frozen=True):
-    """Ask for a place. `emitted` output tokens of earlier attempts count as prompt now."""
+    """Ask for a place. `emitted` output tokens of earlier attempts count as prompt now. `marks`:
+    what of the prompt is to be kept."""
 
     request: Request
     attempt: int = 1
     emitted: int = 0
+    marks: tuple[Mark, ...] = ()
 
 
 class Placed(Message, frozen=True):
-    """Where an attempt runs. `decode` is empty while it is still to be chosen (prefill_end)."""
+    """Where an attempt runs. `decode` is empty while it is still to be chosen (prefill_end).
+    `kept_tokens`: so many of the prompt's are in a cache that its tenant keeps."""
 
     request_id: RequestId
     attempt: int
@@ -111,6 +129,7 @@ class Placed(Message, frozen=True):
     prefill: WorkerId
     decode: WorkerId = ""
     why: str = ""
+    kept_tokens: int = 0
 
 
 class Lost(Message, frozen=True):
@@ -179,7 +198,8 @@ class Dispatch(Message, frozen=True):
     """Do `phase` of an attempt. `source` holds the KV to fetch (decode); `target` will want it
     (prefill, empty when still unknown). Prompt token ids come from the gateway by `Prompt`. Before
     a prefill, as many leading blocks as `prefix_from` holds beyond the worker's own, up to
-    `prefix_blocks`, are fetched from its cache; without them they are computed."""
+    `prefix_blocks`, are fetched from its cache; without them they are computed. What of `pins` is
+    prefilled here stays."""
 
     epoch: Epoch
     request: Request
@@ -191,6 +211,8 @@ class Dispatch(Message, frozen=True):
     target: WorkerId = ""
     prefix_from: WorkerId = ""
     prefix_blocks: int = 0
+    pins: tuple[Pin, ...] = ()
+    link_bytes_s: float = 0.0  # what the network should give a decode's transfer that may be coded
 
     @property
     def input_tokens(self) -> int:
@@ -242,7 +264,8 @@ class TransferReport(Message, frozen=True):
 
 class Finished(Message, frozen=True):
     """The worker's part of the attempt is over. Kept until the gateway's `Ended`, in case `Done`
-    was lost."""
+    was lost. `answer` names the blocks after the prompt's that it filled, where sessions are
+    looked ahead for."""
 
     worker: WorkerId
     request_id: RequestId
@@ -250,10 +273,12 @@ class Finished(Message, frozen=True):
     reason: EndReason
     output_tokens: int
     report: Report
+    answer: tuple[BlockKey, ...] = ()
 
 
 class Load(Message, frozen=True):
-    """The worker's beat: truth about its memory and queue. A field that is unknown is None."""
+    """The worker's beat: truth about its memory and queue. A field that is unknown is None.
+    `pinned` blocks are kept for the caches `pins`."""
 
     worker: WorkerId
     incarnation: Incarnation
@@ -264,6 +289,8 @@ class Load(Message, frozen=True):
     active: tuple[Active, ...] = ()
     leases: int = 0
     quarantined: int = 0
+    pins: tuple[CacheId, ...] = ()
+    pinned: int = 0
 
 
 class KvEvents(Message, frozen=True):
@@ -292,7 +319,10 @@ class Abort(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
+    """Take nothing new. `leave`: and go, if you hold nothing for anybody."""
+
     epoch: Epoch
+    leave: bool = False
 
 
 # --- worker to worker, worker to gateway ----------------------------------------------------------
@@ -312,6 +342,7 @@ class KvWant(Message, frozen=True):
     first_block: int
     addresses: tuple[str, ...] = ()
     keys: tuple[BlockKey, ...] = ()
+    link_bytes_s: float = 0.0  # as in `Dispatch`
 
 
 class KvGone(Message, frozen=True):
@@ -390,9 +421,10 @@ class Alarm(Message, frozen=True):
 
 
 class Arrive(Message, frozen=True):
-    """A client's request, counted and keyed."""
+    """A client's request, counted and keyed. `marks`: what of its prompt is to be kept."""
 
     request: Request
+    marks: tuple[Mark, ...] = ()
 
 
 class Hangup(Message, frozen=True):
@@ -444,6 +476,7 @@ class Received(Message, frozen=True):
     reason: str = ""
     report: PrefillReport | None = None
     by_sender: bool = False
+    coded: Coded | None = None
 
 
 class SendOver(Message, frozen=True):
@@ -473,9 +506,9 @@ AnyMessage = (
     Submit | Placed | Lost | Declined | Ended | GatewayBeat
     | Hello | Welcome | Dispatch | Accepted | Refused | PrefillDone | TransferReport | Finished
     | Load | KvEvents | KvResync | Abort | Drain
-    | KvWant | KvGone | Prompt | Tokens | Done
-    | Start | Alarm | Arrive | Hangup | StepDone | Received | SendOver | TierReady | TierGone
-    | Stored | Restored | WorkerGone | NetReading
+    | KvWant | KvGone | Prompt | Tokens | Done | Retain | CacheState | Keep | Kept
+    | Start | Alarm | Arrive | Hangup | StepDone | Received | SendOver | Sent | TierReady
+    | TierGone | Stored | Held | Restored | WorkerGone | NetReading | Copy | Copied | Leave | Left
 )  # fmt: skip
 
 

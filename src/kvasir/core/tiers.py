@@ -21,7 +21,8 @@ class TierReady(Message, frozen=True):
 
 
 class TierGone(Message, frozen=True):
-    """A tier failed, and is not used again: a full, read-only or vanished disk."""
+    """A tier failed: a full, read-only or vanished disk, a store that does not answer. It comes
+    back only if it is opened again."""
 
     tier: Tier
     reason: str
@@ -34,6 +35,17 @@ class Stored(Message, frozen=True):
     id: int
     count: int
     bytes: int = 0
+    seconds: float = 0.0
+
+
+class Held(Message, frozen=True):
+    """An `Ask` is over: the shared tier holds the first `count` of the keys. `seconds`: what asking
+    took, its queue counted."""
+
+    request_id: RequestId
+    attempt: int
+    tier: Tier
+    count: int
     seconds: float = 0.0
 
 

@@ -14,6 +14,7 @@ from kvasir.gateway.schema import (
     Cached,
     ChatLogprobs,
     CompletionLogprobs,
+    Created,
     Reasoned,
     Timing,
     Usage,
@@ -169,6 +170,12 @@ def usage_of(answers: Sequence[Answer], n: int = 1) -> Usage:
     cached = sum(end.cached_tokens for end in ends[::n])
     output = sum(end.output_tokens for end in ends)
     usage = Usage(prompt, output, prompt + output, Cached(cached))
+    marked = [end.cache for end in ends[::n] if end.cache is not None]
+    if marked:
+        short, long = (sum(u.written_5m for u in marked), sum(u.written_1h for u in marked))
+        usage.cache_read_input_tokens = sum(use.read for use in marked)
+        usage.cache_creation_input_tokens = short + long
+        usage.cache_creation = Created(short, long)
     if any(answer.reasons for answer in answers):
         thought = sum(answer.reasoning_tokens for answer in answers)
         usage.completion_tokens_details = Reasoned(thought)
@@ -199,4 +206,5 @@ def _timing(answer: Answer) -> Timing:
         second_token_delay_s=end.second_token_delay_s,
         bytes=report.transfer_bytes if report else 0,
         transport=report.transport if report else "",
+        codec=report.codec if report else "",
     )

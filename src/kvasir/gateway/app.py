@@ -10,7 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -22,19 +23,25 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import kvasir
-from kvasir.core.errors import KvasirError, TooLarge, nearest
+from kvasir.core.errors import Forbidden, KvasirError, TooLarge, nearest
 from kvasir.core.specs import LimitsSpec
+from kvasir.core.specs.tenants import CachesSpec, TenantSpec
 from kvasir.gateway.body import ClientGone, drop_line, read_body
+from kvasir.gateway.caches import Caching
 from kvasir.gateway.errors import HttpError, Refused, of_bug, of_error, of_status
 from kvasir.gateway.exchange import Exchange, Line, Reply
 from kvasir.gateway.openai import Caller, Plan, card_of, plan_chat, plan_completion, read_caller
 from kvasir.gateway.port import Desk, ModelCard
 from kvasir.gateway.schema import (
+    decode_cache,
     decode_chat,
     decode_completion,
+    decode_drain,
     decode_load,
+    decode_ttl,
     decode_unload,
 )  # fmt: skip
+from kvasir.gateway.tenants import Tenants
 from kvasir.observe.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("kvasir.gateway")
@@ -48,11 +55,14 @@ def make_app(
     metrics: Metrics,
     limits: LimitsSpec,
     *,
+    tenants: Sequence[TenantSpec] = (),
+    caches: CachesSpec = CachesSpec(),  # noqa: B008  frozen
     clock: Callable[[], float] = time.perf_counter,
     new_id: Callable[[], str] = lambda: secrets.token_hex(12),
 ) -> Starlette:
     """All routes. `clock` gives seconds for TTFT and ITL; `new_id` names a request, never twice."""
-    house = House(desk, metrics, limits, clock, new_id)
+    house = House(desk, metrics, limits, clock, new_id, Tenants(tenants))
+    shelf = CacheRoutes(house, Caching(desk, caches, time.time))
     hot = {
         "/v1/chat/completions": Completions(house, _chat),
         "/v1/completions": Completions(house, _completion),
@@ -65,6 +75,12 @@ def make_app(
             Route("/v1/models/{id:path}", house.model),
             Route("/v1/load_lora_adapter", house.load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", house.unload_adapter, methods=["POST"]),
+            Route("/v1/workers/{id}/drain", house.drain, methods=["POST"]),
+            Route("/v1/caches", shelf.create, methods=["POST"]),
+            Route("/v1/caches", shelf.every, methods=["GET"]),
+            Route("/v1/caches/{id}", shelf.show, methods=["GET"]),
+            Route("/v1/caches/{id}", shelf.extend, methods=["PATCH"]),
+            Route("/v1/caches/{id}", shelf.delete, methods=["DELETE"]),
             Route("/health", house.health),
             Route("/metrics", house.metrics_page),
             Route("/version", house.version),
@@ -117,6 +133,7 @@ class Completions:
         try:
             caller = read_caller(scope["headers"], fresh)
             reply.request_id = caller.request_id
+            caller = house.known(caller)
             raw = await read_body(receive, caller.body_bytes, house.limits.body_bytes_max)
             # A client may send one id twice, so its own id is only the first part of the name.
             run_id = f"{caller.request_id}-{fresh[:8]}" if caller.own_id else fresh
@@ -153,19 +170,33 @@ class House:
         limits: LimitsSpec,
         clock: Callable[[], float],
         new_id: Callable[[], str],
+        tenants: Tenants,
     ) -> None:
         self.desk, self.metrics, self.limits = desk, metrics, limits
         self.clock, self.new_id = clock, new_id
+        self._tenants = tenants
+
+    def known(self, caller: Caller) -> Caller:
+        """With the tenant whose key it has. Raises Unauthorised."""
+        tenant = self._tenants.who(caller.authorization)
+        if tenant == caller.tenant:
+            return caller
+        return msgspec.structs.replace(caller, tenant=tenant)
 
     async def models(self, request: Request) -> Response:
+        try:
+            self.known(read_caller(request.scope["headers"], ""))
+        except KvasirError as error:
+            return self.error(request, of_error(error))
         cards = [_card(card) for card in self.desk.models()]
-        return self._json(request, {"object": "list", "data": cards})
+        return self.json(request, {"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         try:
-            return self._json(request, _card(card_of(self.desk, request.path_params["id"])))
+            self.known(read_caller(request.scope["headers"], ""))
+            return self.json(request, _card(card_of(self.desk, request.path_params["id"])))
         except KvasirError as error:
-            return self._error(request, of_error(error))
+            return self.error(request, of_error(error))
 
     async def load_adapter(self, request: Request) -> Response:
         return await self._changed(request, self._load)
@@ -186,33 +217,50 @@ class House:
     async def _changed(
         self, request: Request, change: Callable[[bytes], Awaitable[str]]
     ) -> Response:
-        """Answers in vLLM's words, as plain text."""
+        """Answers in plain text; of adapters in vLLM's words."""
         try:
-            caller = read_caller(request.scope["headers"], "")
+            caller = self.known(read_caller(request.scope["headers"], ""))
             limit = self.limits.body_bytes_max
             said = await change(await read_body(request.receive, caller.body_bytes, limit))
         except KvasirError as error:
-            return self._error(request, of_error(error))
+            return self.error(request, of_error(error))
         except Refused as refused:
-            return self._error(request, refused.error)
+            return self.error(request, refused.error)
         except ClientGone:  # nobody reads this
-            return self._error(request, of_status(400, "the body did not come"))
+            return self.error(request, of_status(400, "the body did not come"))
         return PlainTextResponse(said, headers={"x-request-id": self._request_id(request)})
 
+    async def drain(self, request: Request) -> Response:
+        """Let a worker go. Where callers are tenants none of them may: that is for whoever runs
+        the processes."""
+        return await self._changed(request, partial(self._drain, request.path_params["id"]))
+
+    async def _drain(self, worker: str, raw: bytes) -> str:
+        if self._tenants.named:
+            what = "a tenant's key does not let workers go"
+            raise Forbidden(what, next_step="send SIGTERM to the worker's process")
+        known = self.desk.health().workers
+        if worker not in known:
+            near = nearest(worker, known)
+            raise Refused(of_status(404, f"no worker {worker!r} here; nearest: {near}"))
+        within_s = decode_drain(raw).within_s
+        self.desk.leave(worker, within_s)
+        return f"{worker} takes nothing new, and leaves within {within_s:g} s."
+
     async def health(self, request: Request) -> Response:
-        """200 only when every configured worker is ready."""
+        """200 only when every configured worker is ready that has not left on purpose."""
         health = self.desk.health()
-        ready = health.ready and all(state == "ready" for state in health.workers.values())
+        ready = health.ready
         status = "ready" if ready else "not ready"
         body = {"status": status, "workers": health.workers}
-        return self._json(request, body, 200 if ready else 503)
+        return self.json(request, body, 200 if ready else 503)
 
     async def metrics_page(self, request: Request) -> Response:
         headers = {"content-type": CONTENT_TYPE, "x-request-id": self._request_id(request)}
         return Response(self.metrics.render(), headers=headers)
 
     async def version(self, request: Request) -> Response:
-        return self._json(request, {"version": kvasir.__version__})
+        return self.json(request, {"version": kvasir.__version__})
 
     async def wrong_address(self, request: Request, error: Exception) -> Response:
         """No such path, or not with this method."""
@@ -221,27 +269,84 @@ class House:
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
             wrong = of_status(405, f"{request.method} is not allowed on {path}; allowed: {allowed}")
-            return self._error(request, wrong, {"allow": allowed})
+            return self.error(request, wrong, {"allow": allowed})
         known = [route.path for route in request.app.routes]
         message = f"no path {path!r} here\n  nearest: {nearest(path, known)}"
-        return self._error(request, of_status(error.status_code, message))
+        return self.error(request, of_status(error.status_code, message))
 
     async def bug(self, request: Request, error: Exception) -> Response:
-        return self._error(request, of_bug(self._request_id(request)))
+        return self.error(request, of_bug(self._request_id(request)))
 
     def _request_id(self, request: Request) -> str:
         return read_caller(request.scope["headers"], self.new_id()).request_id
 
-    def _error(
+    def error(
         self, request: Request, error: HttpError, headers: Mapping[str, str] | None = None
     ) -> Response:
         retry = {name.decode(): value.decode() for name, value in error.headers()}
         own = {"x-request-id": self._request_id(request)}
         return _response(error.body(), error.status, {**retry, **own, **(headers or {})})
 
-    def _json(self, request: Request, body: Any, status: int = 200) -> Response:
+    def json(self, request: Request, body: Any, status: int = 200) -> Response:
         own = {"x-request-id": self._request_id(request)}
         return _response(msgspec.json.encode(body), status, own)
+
+
+class CacheRoutes:
+    """`/v1/caches`: each route is one call of `Caching` for the tenant that asks."""
+
+    def __init__(self, house: House, caching: Caching) -> None:
+        self._house, self._caching = house, caching
+
+    async def create(self, request: Request) -> Response:
+        async def made(raw: bytes, caller: Caller) -> Any:
+            body, desk = decode_cache(raw), self._house.desk
+            text, card = desk.text(body.model), card_of(desk, body.model)
+            run_id = self._house.new_id()
+            return await self._caching.create(body, text, card, caller.tenant, run_id)
+
+        return await self._answer(request, made)
+
+    async def every(self, request: Request) -> Response:
+        async def listed(raw: bytes, caller: Caller) -> Any:
+            return self._caching.every(caller.tenant)
+
+        return await self._answer(request, listed)
+
+    async def show(self, request: Request) -> Response:
+        async def shown(raw: bytes, caller: Caller) -> Any:
+            return self._caching.show(caller.tenant, request.path_params["id"])
+
+        return await self._answer(request, shown)
+
+    async def extend(self, request: Request) -> Response:
+        async def kept(raw: bytes, caller: Caller) -> Any:
+            cache = request.path_params["id"]
+            return self._caching.extend(caller.tenant, cache, decode_ttl(raw).ttl)
+
+        return await self._answer(request, kept)
+
+    async def delete(self, request: Request) -> Response:
+        async def ended(raw: bytes, caller: Caller) -> Any:
+            return self._caching.delete(caller.tenant, request.path_params["id"])
+
+        return await self._answer(request, ended)
+
+    async def _answer(
+        self, request: Request, act: Callable[[bytes, Caller], Awaitable[Any]]
+    ) -> Response:
+        house = self._house
+        try:
+            caller = house.known(read_caller(request.scope["headers"], ""))
+            limit = house.limits.body_bytes_max
+            raw = await read_body(request.receive, caller.body_bytes, limit)
+            return house.json(request, await act(raw, caller))
+        except KvasirError as error:
+            return house.error(request, of_error(error))
+        except Refused as refused:
+            return house.error(request, refused.error)
+        except ClientGone:  # nobody reads this
+            return house.error(request, of_status(400, "the body did not come"))
 
 
 def _response(body: bytes, status: int, headers: Mapping[str, str]) -> Response:

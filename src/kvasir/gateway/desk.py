@@ -15,8 +15,10 @@ from typing import cast
 import msgspec
 
 from kvasir.core import effects as fx
+from kvasir.core.caches import Mark, Retain
+from kvasir.core.copies import Leave
 from kvasir.core.events import AnyEvent, Closed
-from kvasir.core.ids import NodeId, RequestId
+from kvasir.core.ids import CONDUCTOR, CacheId, NodeId, RequestId, TenantId, WorkerId
 from kvasir.core.keys import block_keys, salt_of
 from kvasir.core.messages import (
     AnyMessage,
@@ -32,11 +34,16 @@ from kvasir.core.messages import (
 )  # fmt: skip
 from kvasir.core.request import Request, Slo
 from kvasir.core.specs import Deployment
+from kvasir.core.specs.tenants import group_of
+from kvasir.gateway.caches import use_of
 from kvasir.gateway.port import (
     Ask,
+    CacheUse,
+    CacheView,
     EndPiece,
     FailPiece,
     Health,
+    Keeping,
     ModelCard,
     Piece,
     Pieces,
@@ -44,6 +51,7 @@ from kvasir.gateway.port import (
     Text,
     TokensPiece,
 )  # fmt: skip
+from kvasir.gateway.records import Records
 from kvasir.gateway.served import Served
 from kvasir.node.request import Requests
 from kvasir.world.journal import Journal
@@ -55,12 +63,15 @@ PERFORMS = (fx.Tell, fx.Timer, fx.Reply, fx.Refuse, fx.Note)
 class Open:
     """One request that a client waits for."""
 
-    __slots__ = ("adapter", "emitted", "ended", "pieces", "prompt", "report", "steering")
+    __slots__ = (
+        "adapter", "emitted", "ended", "keeps", "pieces", "prompt", "report", "steering",
+    )  # fmt: skip
 
     def __init__(self, ask: Ask) -> None:
         self.prompt = ask.tokens
         self.steering = ask.steering
         self.adapter = ask.adapter  # it may be unloaded meanwhile
+        self.keeps: dict[Keeping, CacheId] = {}
         self.emitted: array[int] = array("I")
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self.report: Report | None = None
@@ -81,6 +92,8 @@ class LiveDesk:
         self._bus = bus
         self._texts = texts
         self.served = served
+        self.caches = Records()
+        self.block_size = deployment.block_size
         self._health = health
         self._observe = observe
         self._created = int(time.time())
@@ -99,7 +112,11 @@ class LiveDesk:
 
     def submit(self, ask: Ask) -> Pieces:
         found = self._open[ask.request_id] = Open(ask)
-        self.host.feed(Arrive(self._request(ask)))
+        request = self._request(ask)
+        found.keeps = self._names(ask, request)
+        marks = [Mark(cache, keep.tokens // self.block_size, keep.ttl_s, keep.must)
+                 for keep, cache in found.keeps.items() if cache]  # fmt: skip
+        self.host.feed(Arrive(request, tuple(marks)))
         return _Pieces(self, ask.request_id, found)
 
     def stop(self, request_id: RequestId) -> None:
@@ -108,6 +125,19 @@ class LiveDesk:
     def cancel(self, request_id: RequestId) -> None:
         """The client is gone."""
         self.host.feed(Hangup(request_id, "cancelled"))
+
+    def cache(self, cache: CacheId) -> CacheView | None:
+        known = self._node.caches.get(cache)
+        if known is None:
+            return None
+        left_s = known.ends_at - time.monotonic()
+        return CacheView(known.state.state, left_s) if left_s > 0 else None
+
+    def retain(self, tenant: TenantId, cache: CacheId, ttl_s: float) -> None:
+        self.host.feed(Retain(self.id, tenant, cache, ttl_s))
+
+    def leave(self, worker: WorkerId, within_s: float) -> None:
+        self._bus.tell(self.id, CONDUCTOR, Leave(worker, within_s))
 
     def models(self) -> Sequence[ModelCard]:
         from kvasir.cost.catalog import shape_of
@@ -131,11 +161,22 @@ class LiveDesk:
     def open_count(self) -> int:
         return len(self._open)
 
+    def _names(self, ask: Ask, request: Request) -> dict[Keeping, CacheId]:
+        """What is to be kept; without a name if it has no full block. A marker's cache is named by
+        tenant and content, so the next marker at the same place finds it; no client sees that."""
+        found: dict[Keeping, CacheId] = {}
+        for keep in ask.keeps:
+            blocks = keep.tokens // self.block_size
+            own = f"{ask.tenant}/{request.keys[blocks - 1].hex()}" if blocks else ""
+            found[keep] = keep.cache or own
+        return found
+
     def _request(self, ask: Ask) -> Request:
         d = self._deployment
-        version = next(m.version for m in d.models if m.name == ask.model)
+        model = next(m for m in d.models if m.name == ask.model)
+        version = model.version
         digest = ask.adapter.digest if ask.adapter is not None else None
-        salt = salt_of(f"{ask.model}@{version}", digest, ask.tenant)
+        salt = salt_of(model.kv_name, digest, group_of(d.tenants, ask.tenant))
         slo = None
         if ask.slo_ttft_s is not None or ask.slo_tpot_s is not None:
             slo = Slo(ask.slo_ttft_s or d.slo.ttft_s, ask.slo_tpot_s or d.slo.tpot_s)
@@ -224,9 +265,14 @@ class LiveDesk:
             EndPiece(
                 cast(EndReason, event.reason), event.prompt_tokens, event.cached_tokens,
                 event.output_tokens, report, queue_s, event.ttft_s, event.second_token_delay_s,
-                event.path,
+                event.path, self._use(found, event.cached_tokens),
             )
         )  # fmt: skip
+
+    def _use(self, found: Open, cached_tokens: int) -> CacheUse | None:
+        kept = self._node.caches
+        refused = [keep for keep, cache in found.keeps.items() if cache not in kept]
+        return use_of(tuple(found.keeps), refused, self.block_size, cached_tokens)
 
 
 class _Pieces:

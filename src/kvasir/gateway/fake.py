@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvasir.core.errors import NotFound, nearest
+from kvasir.core.ids import CacheId, TenantId, WorkerId
 from kvasir.core.messages import Logprobs, Path, PrefillReport, Report
 from kvasir.core.request import Grammar
 from kvasir.core.specs import ModelSpec
+from kvasir.gateway.caches import use_of
 from kvasir.gateway.port import (
     Ask,
+    CacheView,
     EndPiece,
     FailPiece,
     Health,
@@ -28,7 +31,10 @@ from kvasir.gateway.port import (
     TokensPiece,
     WorkerState,
 )
+from kvasir.gateway.records import Records
 from kvasir.gateway.served import Served
+
+BLOCK = 16
 
 
 class FakeDetok:
@@ -96,6 +102,9 @@ class FakeDesk:
         card = ModelCard(model, 1_700_000_000, max_context, made_up=made_up, reasons=reasons)
         self._cards = [card]
         self.served = Served((ModelSpec(name=model),))
+        self.caches = Records()
+        self.block_size = BLOCK
+        self.kept: dict[CacheId, CacheView] = {}
         two: Mapping[str, WorkerState] = {"prefill-0": "ready", "decode-0": "ready"}
         self._workers = dict(two if workers is None else workers)
         self.asks: list[Ask] = []
@@ -108,6 +117,17 @@ class FakeDesk:
         if self.keep:
             self.asks.append(ask)
         return FakePieces(self, ask)
+
+    def cache(self, cache: CacheId) -> CacheView | None:
+        return self.kept.get(cache)
+
+    def retain(self, tenant: TenantId, cache: CacheId, ttl_s: float) -> None:
+        self.kept.pop(cache, None)
+        if ttl_s:
+            self.kept[cache] = CacheView("ready", ttl_s)
+
+    def leave(self, worker: WorkerId, within_s: float) -> None:
+        self._workers[worker] = "left"
 
     def stop(self, request_id: str) -> None:
         self.stopped.append(request_id)
@@ -171,6 +191,9 @@ class FakePieces:
 
     def _last(self, piece: EndPiece | FailPiece) -> Piece:
         self._over = True
+        for keep in self._ask.keeps:
+            if keep.must and isinstance(piece, EndPiece):
+                self._desk.retain(self._ask.tenant, keep.cache, keep.ttl_s)
         if self._desk.keep:
             self._desk.ended.append(self._ask.request_id)
         return piece
@@ -181,13 +204,14 @@ class FakePieces:
         return EndPiece(
             reason="length" if cut else "stop",
             prompt_tokens=len(ask.tokens),
-            cached_tokens=len(ask.tokens) // 16 * 16,
+            cached_tokens=_cached(ask),
             output_tokens=sent,
             report=_report(ask),
             queue_s=desk.placed_s,
             ttft_s=desk.placed_s + desk.first_s,
             second_token_delay_s=desk.token_s,
             path=desk.path,
+            cache=use_of(ask.keeps, (), BLOCK, _cached(ask)),
         )
 
 
@@ -197,8 +221,13 @@ def _logprobs(token: int, top: int) -> Logprobs:
     return Logprobs(math.log(0.5), halves)
 
 
+def _cached(ask: Ask) -> int:
+    """All full blocks, as if somebody had asked it before."""
+    return len(ask.tokens) // BLOCK * BLOCK
+
+
 def _report(ask: Ask) -> Report:
-    cached = len(ask.tokens) // 16 * 16
+    cached = _cached(ask)
     prefill = PrefillReport("prefill-0", 0.001, 0.002, cached, len(ask.tokens) - cached)
     return Report(
         prefill, "decode-0", transfer_s=0.003, transfer_bytes=4096, transport="shm",

@@ -12,13 +12,18 @@ from typing import Any, Final
 import msgspec
 
 from kvasir.core.errors import NotFound, nearest
+from kvasir.core.ids import TenantId
 from kvasir.core.request import Steering
 from kvasir.gateway.answer import Style
 from kvasir.gateway.beams import Beaming
+from kvasir.gateway.caches import keeps_of, points_of
+from kvasir.gateway.chat import messages_of
 from kvasir.gateway.controls import Controls, controls_of, known_tokens
-from kvasir.gateway.port import Ask, Desk, ModelCard, Text
+from kvasir.gateway.port import Ask, Desk, Keeping, ModelCard, Text
 from kvasir.gateway.reasoning import begins_inside
+from kvasir.gateway.records import Record
 from kvasir.gateway.schema import BadField, ChatBody, CompletionBody, unsupported
+from kvasir.gateway.tenants import ANYBODY
 
 PROMPTS_MAX: Final = 128
 CHOICES_MAX: Final = 128
@@ -39,6 +44,8 @@ class Caller(msgspec.Struct, frozen=True):
     slo_tpot_s: float | None = None
     body_bytes: int | None = None
     expects: bool = False
+    tenant: TenantId = ANYBODY
+    authorization: str | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -65,19 +72,24 @@ class Plan(msgspec.Struct, frozen=True):
 async def plan_chat(body: ChatBody, desk: Desk, caller: Caller, run_id: str) -> Plan:
     """Raises RequestError (400), NotFound (404)."""
     text, card = _served(body, desk)
+    messages = [*_cached_messages(body, desk, caller), *body.messages]
+    points, names = points_of(messages), _template_names(body.chat_template_kwargs)
+
+    def head(some: list[dict[str, Any]]) -> str:
+        return text.render(messages_of(some), add_generation_prompt=False, **names)
+
     prompt = text.render(
-        _messages(body.messages),
-        add_generation_prompt=body.add_generation_prompt,
-        **_template_names(body.chat_template_kwargs),
+        messages_of(messages), add_generation_prompt=body.add_generation_prompt, **names
     )
     tokens = await text.encode(prompt, special=False)
+    keeps = await keeps_of(points, head, text, prompt, tokens)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     controls = await controls_of(body, text, card)
     style = _style(body)
     grammar = controls.steering.grammar if controls.steering is not None else None
     if card.reasons and grammar is None:  # a grammar binds an answer from its first token
         style = msgspec.structs.replace(style, reasons=begins_inside(prompt))
-    one = _ask(body, caller, card, tokens, asked, None, controls)
+    one = _ask(body, caller, card, tokens, asked, None, controls, keeps)
     return _plan(body, [one], text, style, run_id)
 
 
@@ -86,11 +98,13 @@ async def plan_completion(body: CompletionBody, desk: Desk, caller: Caller, run_
     text, card = _served(body, desk)
     controls = await controls_of(body, text, card)
     default, asks = COMPLETION_TOKENS_DEFAULT, []
+    record = _cached(body, desk, caller)
+    before = record.tokens if record is not None else ()
     for prompt in _prompts(body.prompt):
         if isinstance(prompt, str):
-            tokens = await text.encode(prompt, special=True)
+            tokens = before + await text.encode(prompt, special=not before)
         else:
-            tokens = known_tokens("prompt", prompt, text)
+            tokens = before + known_tokens("prompt", prompt, text)
         one = _ask(body, caller, card, tokens, body.max_tokens, default, controls)
         asks.append(one)
     return _plan(body, asks, text, _style(body), run_id)
@@ -103,6 +117,30 @@ def card_of(desk: Desk, model: str) -> ModelCard:
         if card.id == model:
             return card
     raise NotFound(f"no model {model!r} here", nearest=nearest(model, [c.id for c in cards]))
+
+
+def _cached(
+    body: ChatBody | CompletionBody, desk: Desk, caller: Caller
+) -> Record | None:
+    """The cache that the prompt goes on from, if it names one. Raises NoCache, BadField."""
+    if body.cache is None:
+        return None
+    if desk.cache(body.cache) is None:  # its time is over
+        desk.caches.drop(body.cache)
+    record = desk.caches.find(caller.tenant, body.cache)
+    if record.model != body.model:
+        raise BadField(f"this cache is of the model {record.model!r}", "cache")
+    return record
+
+
+def _cached_messages(body: ChatBody, desk: Desk, caller: Caller) -> Sequence[dict[str, Any]]:
+    record = _cached(body, desk, caller)
+    if record is None:
+        return ()
+    if record.messages is None:
+        what = "this cache was made of a prompt, not of messages"
+        raise BadField(what, "cache", next_step="use it with /v1/completions")
+    return record.messages
 
 
 INSTEAD: Final = {
@@ -194,6 +232,7 @@ def _ask(
     asked: int | None,
     default: int | None,
     controls: Controls,
+    keeps: tuple[Keeping, ...] = (),
 ) -> Ask:
     """Of one prompt; its id is still to come."""
     if not tokens:
@@ -215,6 +254,8 @@ def _ask(
         deadline_s=_deadline(body),
         slo_ttft_s=caller.slo_ttft_s,
         slo_tpot_s=caller.slo_tpot_s,
+        tenant=caller.tenant,
+        keeps=keeps,
     )
 
 
@@ -275,37 +316,6 @@ def _prompts(prompt: str | list[int | str | list[int]]) -> list[str | tuple[int,
 # --- chat -----------------------------------------------------------------------------------------
 
 
-def _messages(messages: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages as templates want them: a role, and content as one string."""
-    if not messages:
-        raise BadField("messages must not be empty", "messages")
-    return [_message(i, message) for i, message in enumerate(messages)]
-
-
-def _message(i: int, message: dict[str, Any]) -> Mapping[str, Any]:
-    where = f"messages[{i}]"
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise BadField(f"{where}.role is required", f"{where}.role")
-    if isinstance(content, str):
-        return message
-    if content is None and message.get("tool_calls"):
-        return {**message, "content": ""}
-    if not isinstance(content, list):
-        raise BadField(
-            f"{where}.content must be a string or a list of text parts", f"{where}.content"
-        )
-    return {**message, "content": "".join(_part(where, part) for part in content)}
-
-
-def _part(where: str, part: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) else part
-    if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise BadField(f"{where}.content: only text parts, not {kind!r}", f"{where}.content")
-    return text
-
-
 TEMPLATE_RESERVED: Final = frozenset({"messages", "add_generation_prompt", "self"})
 
 
@@ -334,12 +344,14 @@ def read_caller(headers: Sequence[tuple[bytes, bytes]], fresh_id: str) -> Caller
         slo_tpot_s=_milliseconds(found, b"x-slo-tpot-ms"),
         body_bytes=int(length) if length is not None and length.isdigit() else None,
         expects=b"expect" in found,
+        authorization=found[b"authorization"].decode("latin-1")
+        if b"authorization" in found else None,
     )
 
 
 _HEADERS: Final = frozenset({
     b"x-request-id", b"content-length", b"x-session-affinity", b"x-session-id",
-    b"x-slo-ttft-ms", b"x-slo-tpot-ms", b"expect",
+    b"x-slo-ttft-ms", b"x-slo-tpot-ms", b"expect", b"authorization",
 })  # fmt: skip
 
 

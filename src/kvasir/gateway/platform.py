@@ -54,6 +54,7 @@ class Platform:
     ) -> None:
         self.deployment = deployment
         self.failed: dict[WorkerId, str] = {}  # workers given up, and what the user can mend
+        self.left: set[WorkerId] = set()  # on purpose
         self.metrics = Metrics([m.name for m in deployment.models])
         self.bus = Bus()
         self.bus.observe = self.metrics.see
@@ -71,7 +72,8 @@ class Platform:
             journal=self._journal(record, GATEWAY, "gateway", limits), observe=self.metrics.see,
         )  # fmt: skip
         self.fleet = Fleet(
-            deployment, run_dir, record, on_gone=self._gone, on_lost=self.failed.__setitem__
+            deployment, run_dir, record, on_gone=self._gone, on_lost=self.failed.__setitem__,
+            on_left=self.left.add,
         )
         self.telemetry = Telemetry(deployment.topology, self._conductor_host.feed)
         endpoints = deployment.endpoints
@@ -104,8 +106,9 @@ class Platform:
         states: dict[WorkerId, WorkerState] = {}
         for worker in self.deployment.worker_ids():
             lost: WorkerState = "gone" if worker in self.failed else "starting"
-            states[worker] = "ready" if worker in members else lost
-        return Health(all(s == "ready" for s in states.values()), states)
+            away: WorkerState = "left" if worker in self.left else lost
+            states[worker] = "ready" if worker in members else away
+        return Health(all(s in ("ready", "left") for s in states.values()), states)
 
     def gauges(self) -> None:
         """Copy what the nodes hold into the gauges."""
@@ -113,10 +116,10 @@ class Platform:
         for member in self.conductor.members.values():
             load = member.load
             if load is not None:
-                held = member.blocks_total - load.kv_blocks_free
+                held = member.blocks_total - load.kv_blocks_free - load.pinned
                 usage[member.id] = held / member.blocks_total
                 holdings[member.id] = Holding(
-                    held, load.leases, load.quarantined, len(member.holds)
+                    held, load.leases, load.quarantined, len(member.holds), load.pinned
                 )
         queued = len(self.conductor.queue) + len(self.conductor.choosing)
         self.metrics.gauges(queued, len(self.requests.lives) - queued, usage)
@@ -183,7 +186,10 @@ async def _run(deployment: Deployment, host: str, port: int, record: Path | None
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
     async with open_platform(deployment, record=record) as platform:
-        app = make_app(platform.desk, platform.metrics, deployment.limits)
+        app = make_app(
+            platform.desk, platform.metrics, deployment.limits, tenants=deployment.tenants,
+            caches=deployment.caches,
+        )  # fmt: skip
         bound: asyncio.Future[int] = loop.create_future()
         tasks = [
             asyncio.create_task(serve_http(app, host, port, on_bound=bound.set_result)),

@@ -13,12 +13,39 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from kvasir.core.ids import RequestId, TenantId, WorkerId
+from kvasir.core.ids import CacheId, RequestId, TenantId, WorkerId
 from kvasir.core.messages import EndReason, Logprobs, Path, Report
 from kvasir.core.request import Adapter, Grammar, Sampling, Steering
+from kvasir.gateway.records import Records
 from kvasir.gateway.served import Served
 
-WorkerState = Literal["ready", "starting", "gone"]
+WorkerState = Literal["ready", "starting", "gone", "left"]  # left: on purpose
+
+
+class Keeping(msgspec.Struct, frozen=True):
+    """Keep the full blocks of the first `tokens` tokens for `ttl_s`. Without a name they are a
+    marker's, found again by what they are. `must`: see `core.caches.Mark`."""
+
+    tokens: int
+    ttl_s: float
+    cache: CacheId = ""
+    must: bool = False
+
+
+class CacheUse(msgspec.Struct, frozen=True):
+    """Of a prompt with cache markers: tokens that were found, and that were written for 5 minutes
+    and for an hour."""
+
+    read: int
+    written_5m: int
+    written_1h: int
+
+
+class CacheView(msgspec.Struct, frozen=True):
+    """A kept prefix now: `new`, `ready` or `lost`, with so many seconds to live."""
+
+    state: str
+    left_s: float
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -42,6 +69,7 @@ class Ask(msgspec.Struct, frozen=True):
     band: int = 1
     steering: Steering | None = None
     adapter: Adapter | None = None
+    keeps: tuple[Keeping, ...] = ()
 
 
 class PlacedPiece(msgspec.Struct, frozen=True):
@@ -72,6 +100,7 @@ class EndPiece(msgspec.Struct, frozen=True):
     ttft_s: float | None = None
     second_token_delay_s: float | None = None
     path: str = ""
+    cache: CacheUse | None = None
 
 
 class FailPiece(msgspec.Struct, frozen=True):
@@ -167,6 +196,23 @@ class Desk(Protocol):
     @property
     def served(self) -> Served:
         """What the names of models mean."""
+
+    @property
+    def caches(self) -> Records:
+        """Prefixes that were made here to be kept."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block: only full ones are kept."""
+
+    def cache(self, cache: CacheId) -> CacheView | None:
+        """None: it is over, or never was."""
+
+    def retain(self, tenant: TenantId, cache: CacheId, ttl_s: float) -> None:
+        """Keep it so long from now; 0 ends it."""
+
+    def leave(self, worker: WorkerId, within_s: float) -> None:
+        """Let a worker go; what it still serves after `within_s` goes on elsewhere."""
 
     def health(self) -> Health: ...
 

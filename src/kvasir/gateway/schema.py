@@ -65,6 +65,7 @@ class Common(msgspec.Struct):
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    cache: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
 
@@ -97,7 +98,32 @@ class UnloadBody(msgspec.Struct):
     lora_name: str
 
 
-Body = TypeVar("Body", ChatBody, CompletionBody, LoadBody, UnloadBody)
+class DrainBody(msgspec.Struct):
+    within_s: float = 30.0
+
+
+class CacheBody(msgspec.Struct):
+    """`ttl` in seconds. Either `messages` or `prompt`."""
+
+    model: str
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] | None = None
+    ttl: float | None = None
+    name: str | None = None
+    metadata: dict[str, str] | None = None
+    tools: list[Any] | None = None
+
+
+class TtlBody(msgspec.Struct):
+    """Seconds from now; the deployment's default without."""
+
+    ttl: float | None = None
+
+
+Body = TypeVar(
+    "Body", ChatBody, CompletionBody, LoadBody, UnloadBody, DrainBody, CacheBody, TtlBody
+)
+DRAIN_S_MAX: Final = 86_400.0
 
 # Field -> values at which it changes nothing, so that leaving it out of the work is no lie.
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -149,6 +175,25 @@ def decode_unload(raw: bytes) -> UnloadBody:
     return _decode(msgspec.json.Decoder(UnloadBody), raw)
 
 
+def decode_drain(raw: bytes) -> DrainBody:
+    """Raises RequestError."""
+    body = _decode(msgspec.json.Decoder(DrainBody), raw or b"{}")
+    if not 0 < body.within_s <= DRAIN_S_MAX:
+        what = f"within_s must be over 0 and at most {DRAIN_S_MAX:g}, not {body.within_s:g}"
+        raise BadField(what, "within_s")
+    return body
+
+
+def decode_cache(raw: bytes) -> CacheBody:
+    """Raises RequestError."""
+    return _decode(msgspec.json.Decoder(CacheBody), raw)
+
+
+def decode_ttl(raw: bytes) -> TtlBody:
+    """Raises RequestError."""
+    return _decode(msgspec.json.Decoder(TtlBody), raw)
+
+
 def _decode(decoder: msgspec.json.Decoder[Body], raw: bytes) -> Body:
     try:
         return decoder.decode(raw)
@@ -197,12 +242,24 @@ class Reasoned(msgspec.Struct):
     reasoning_tokens: int
 
 
+class Created(msgspec.Struct):
+    """Tokens that were written, by how long they are kept (Anthropic's names)."""
+
+    ephemeral_5m_input_tokens: int
+    ephemeral_1h_input_tokens: int
+
+
 class Usage(msgspec.Struct):
+    """The last three with cache markers only, and parts of `prompt_tokens`."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: Cached
     completion_tokens_details: Reasoned | msgspec.UnsetType = msgspec.UNSET
+    cache_creation_input_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    cache_read_input_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    cache_creation: Created | msgspec.UnsetType = msgspec.UNSET
 
 
 class Workers(msgspec.Struct):
@@ -211,7 +268,8 @@ class Workers(msgspec.Struct):
 
 
 class Timing(msgspec.Struct):
-    """Where a request's time went. Seconds, bytes; None is unknown."""
+    """Where a request's time went. Seconds, bytes; None is unknown. `codec`: the form in which KV
+    was sent, empty for the bytes as they are."""
 
     path: str
     workers: Workers
@@ -224,6 +282,7 @@ class Timing(msgspec.Struct):
     second_token_delay_s: float | None
     bytes: int
     transport: str
+    codec: str
 
 
 class TopLogprob(msgspec.Struct):

@@ -22,17 +22,24 @@ its head (vLLM v1; RadixAttention evicts leaves first).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, Protocol
 
-from kvasir.core.ids import BlockId, BlockKey
+from kvasir.core.ids import BlockId, BlockKey, TenantId
+
+UNWEIGHTED: Final[Mapping[TenantId, float]] = MappingProxyType({})
 
 
 class EvictView(Protocol):
-    """What an eviction policy may look at: evictable blocks, oldest release first."""
+    """What an eviction policy may look at: evictable blocks, oldest release first, of everybody or
+    of one owner; how many named blocks each owner has that is known; what owners weigh."""
 
-    def in_order(self) -> Iterator[BlockId]: ...
+    def in_order(self, owner: TenantId = "") -> Iterator[BlockId]: ...
+    def owned(self) -> Mapping[TenantId, int]: ...
+    @property
+    def weights(self) -> Mapping[TenantId, float]: ...
 
 
 Victims = Callable[[EvictView, int], Sequence[BlockId]]  # as many different ones as asked for
@@ -40,12 +47,19 @@ Victims = Callable[[EvictView, int], Sequence[BlockId]]  # as many different one
 
 
 class BlockPool:
-    """`blocks_count` physical blocks. Costs are O(blocks touched), plus log of the free runs."""
+    """`blocks_count` physical blocks. Costs are O(blocks touched), plus log of the free runs. A
+    block may have an owner, whoever named it first; `weights` of owners are 1 unless given."""
 
-    def __init__(self, blocks_count: int, victims: Victims) -> None:
+    def __init__(
+        self, blocks_count: int, victims: Victims, weights: Mapping[TenantId, float] = UNWEIGHTED
+    ) -> None:
         assert blocks_count > 0
         self.blocks_count = blocks_count
         self._victims = victims
+        self.weights = weights
+        self._owner: dict[BlockId, TenantId] = {}  # of named blocks that have one
+        self._owned: dict[TenantId, int] = {}
+        self._cached_of: dict[TenantId, OrderedDict[BlockId, None]] = {}  # parts of `_cached`
         self._refs = [0] * blocks_count
         self._key: list[BlockKey | None] = [None] * blocks_count
         self._by_key: dict[BlockKey, BlockId] = {}
@@ -96,10 +110,14 @@ class BlockPool:
     def find(self, key: BlockKey) -> BlockId | None:
         return self._by_key.get(key)
 
-    def in_order(self) -> Iterator[BlockId]:
+    def in_order(self, owner: TenantId = "") -> Iterator[BlockId]:
+        cached: Iterable[BlockId] = self._cached_of.get(owner, ()) if owner else self._cached
         if not self.idle_pins:
-            return iter(self._cached)
-        return (block for block in self._cached if block not in self._pins)
+            return iter(cached)
+        return (block for block in cached if block not in self._pins)
+
+    def owned(self) -> Mapping[TenantId, int]:
+        return self._owned
 
     def refs(self, block: BlockId) -> int:
         return self._refs[block]
@@ -115,6 +133,8 @@ class BlockPool:
         for block in blocks:
             if refs[block] == 0:
                 del self._cached[block]
+                if block in self._owner:
+                    del self._cached_of[self._owner[block]][block]
                 self.idle_pins -= block in self._pins
             refs[block] += 1
 
@@ -132,13 +152,16 @@ class BlockPool:
             self._refs[block] = 1
         return blocks
 
-    def commit(self, block: BlockId, key: BlockKey) -> None:
+    def commit(self, block: BlockId, key: BlockKey, owner: TenantId = "") -> None:
         """Name a held, full block. A key that another block has already keeps that one."""
         assert self._refs[block] > 0, block
         if self._key[block] is None and key not in self._by_key:
             self._key[block] = key
             self._by_key[key] = block
             self.added.append(key)
+            if owner:
+                self._owner[block] = owner
+                self._owned[owner] = self._owned.get(owner, 0) + 1
 
     def free(self, blocks: Sequence[BlockId]) -> None:
         """Drop one reference on each block, last block first."""
@@ -153,6 +176,8 @@ class BlockPool:
                     loose.append(block)
                 else:
                     cached[block] = None
+                    if block in self._owner:
+                        self._cached_of.setdefault(self._owner[block], OrderedDict())[block] = None
                     self.idle_pins += block in self._pins
         self._runs.give(loose)
 
@@ -179,6 +204,7 @@ class BlockPool:
         if key is not None:
             del self._by_key[key]
             self.removed.append(key)
+            self._disown(block)
 
     def clear(self) -> None:
         """Forget every cached block that nobody holds."""
@@ -211,12 +237,30 @@ class BlockPool:
             del by_key[key]
             keys[block] = None
             self.removed.append(key)
+            self._disown(block)
         blocks.sort(reverse=True)
         self._runs.give(blocks)
 
+    def _disown(self, block: BlockId) -> None:
+        """Its name is gone, and with it its owner."""
+        owner = self._owner.pop(block, "")
+        if not owner:
+            return
+        cached = self._cached_of.get(owner)
+        if cached is not None:
+            cached.pop(block, None)
+        self._owned[owner] -= 1
+        if not self._owned[owner]:
+            del self._owned[owner]
+            self._cached_of.pop(owner, None)
+
     def check(self) -> None:
-        """Every block in exactly one state; keys and refcounts agree."""
+        """Every block in exactly one state; keys, owners and refcounts agree."""
         free = self._runs.check()
+        assert self._owned == Counter(self._owner.values())
+        for owner, cached in self._cached_of.items():
+            own = [b for b in self._cached if self._owner.get(b) == owner]
+            assert own == list(cached), owner
         assert len(free) + len(self._cached) + self.held == self.blocks_count
         assert self.idle_pins == sum(block in self._cached for block in self._pins)
         for block in range(self.blocks_count):

@@ -3,12 +3,12 @@ messages and no time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from kvasir.core.ids import BlockId, BlockKey, Incarnation, WorkerId
+from kvasir.core.ids import BlockId, BlockKey, Incarnation, TenantId, WorkerId
 from kvasir.core.message import Tier
 from kvasir.core.messages import Capacity, KvEvents
-from kvasir.kv.pool import BlockPool
+from kvasir.kv.pool import UNWEIGHTED, BlockPool
 from kvasir.node.work import Stage, Work
 from kvasir.policy.evict import EVICTS
 
@@ -21,9 +21,10 @@ class Blocks:
 
     def __init__(
         self, capacity: Capacity, evict: str, worker: WorkerId, incarnation: Incarnation,
-        *, tells: bool = True,
+        *, tells: bool = True, weights: Mapping[TenantId, float] = UNWEIGHTED,
     ) -> None:  # fmt: skip
-        self.pool = BlockPool(capacity.kv_blocks, EVICTS[evict])
+        self.pool = BlockPool(capacity.kv_blocks, EVICTS[evict], weights)
+        self.fair = evict == "fair"
         self.size = capacity.block_size
         self._token_bytes = capacity.kv_token_bytes
         self._worker, self._incarnation = worker, incarnation
@@ -31,6 +32,7 @@ class Blocks:
         self._seq = 0
         self.below: dict[Tier, BlockPool] = {}
         self.used: Used | None = None
+        self.hit: Callable[[Work, int], None] | None = None  # an attempt begins with so many
 
     def count(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
@@ -38,6 +40,10 @@ class Blocks:
 
     def bytes(self, blocks_count: int) -> int:
         return blocks_count * self.size * self._token_bytes
+
+    def owner(self, work: Work) -> TenantId:
+        """Whose share its blocks count for; nobody's where shares do not count."""
+        return work.dispatch.request.tenant if self.fair else ""
 
     def hits(self, work: Work) -> list[BlockId]:
         """Cached leading blocks; a position that still has to be run is never one of them."""
@@ -53,6 +59,8 @@ class Blocks:
 
     def take(self, work: Work, hits: list[BlockId]) -> None:
         """Give an attempt that holds nothing its hits, and fresh blocks for all other tokens."""
+        if self.hit is not None and hits:
+            self.hit(work, len(hits))
         self.pool.take(hits)
         after = hits[-1] if hits else None
         work.blocks = hits + self.pool.allocate(self.count(work.known) - len(hits), after)
@@ -75,7 +83,7 @@ class Blocks:
         """Name the blocks that became full, so that others can hit them."""
         full = min(work.computed // self.size, len(work.keys))
         for i in range(work.committed, full):
-            self.pool.commit(work.blocks[i], work.keys[i])
+            self.pool.commit(work.blocks[i], work.keys[i], self.owner(work))
         if self.used is not None:
             self.used(work, work.committed, full)
         work.committed = max(work.committed, full)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from kvasir.core.codec import RAW, CodecRules, Offer
 from kvasir.core.errors import ConfigError
 from kvasir.core.ids import Incarnation, NodeId, WorkerId
 from kvasir.core.message import Tier
 from kvasir.core.messages import Capacity, Location
 from kvasir.core.specs import Deployment, PoolSpec
-from kvasir.core.specs.tiers import HostTier
+from kvasir.core.specs.tiers import ClusterTier, HostTier
+from kvasir.cost.catalog import shape_of
+from kvasir.cost.codec import DTYPE_BYTES, KNOWN, ratio_of
 from kvasir.cost.pools import capacity_of, step_model
 from kvasir.cost.step import StepModel
 from kvasir.node.config import WorkerConfig
 from kvasir.node.request import Requests
+from kvasir.policy.codec import allowed
 from kvasir.policy.speculate import Drafting
 from kvasir.policy.tiers import PrefillCost, TierRule, TierRules
 
@@ -27,13 +33,16 @@ def worker_config(
     *,
     fingerprint: str = "",
     capacity: Capacity | None = None,
+    offers: Sequence[Offer] = (),
 ) -> WorkerConfig:
-    """`capacity` replaces the computed one when an engine has measured its own. Raises ConfigError
-    for a tier without room for a block."""
+    """`capacity` replaces the computed one when an engine has measured its own, `offers` the
+    catalogue's ways to code KV when they were measured here. Raises ConfigError for a tier without
+    room for a block, or KV that has no coded form."""
     pool = deployment.pool_of(worker)
     capacity = capacity or capacity_of(deployment, pool)
     limits, batch = deployment.limits, deployment.policy.batch
     guess = deployment.model_of(pool).speculate
+    copies = deployment.policy.copies
     return WorkerConfig(
         worker=worker,
         incarnation=incarnation,
@@ -46,6 +55,7 @@ def worker_config(
         kv_events=pool.kv_events,
         batch=batch.name,
         evict=deployment.policy.evict,
+        weights=tuple((t.name, t.cache_weight) for t in deployment.tenants if t.cache_weight != 1),
         chunk_tokens=batch.chunk_tokens,
         steps_max=batch.steps_max,
         waiting_max=pool.waiting_max,
@@ -55,9 +65,33 @@ def worker_config(
         prompt_wait_s=limits.prompt_wait_s,
         kv_wait_s=limits.kv_wait_s,
         lease_s=limits.lease_s,
+        pinned_share_max=deployment.caches.pool_share_max,
         speculate=Drafting(guess.tokens, guess.rows_max) if guess is not None else None,
         tiers=_tier_rules(deployment, pool, capacity),
+        codec=_codec_rules(deployment, pool, offers),
+        copies_share_max=copies.pool_share_max if copies.any else 0.0,
+        tells_answers=copies.next_turn or copies.leaving,
     )
+
+
+def _codec_rules(
+    deployment: Deployment, pool: PoolSpec, offers: Sequence[Offer]
+) -> CodecRules | None:
+    transport = deployment.transport
+    if transport.codec.kind == "off":
+        return None
+    model, dtype = deployment.model_of(pool), shape_of(deployment.model_of(pool)).dtype
+    if not offers and dtype not in DTYPE_BYTES:
+        raise ConfigError(f"no codec for KV of {dtype}", where=f"models.{model.name}")
+    offers = offers or [
+        Offer(name, known.loss, ratio_of(name, dtype), known.encode_bytes_s, known.decode_bytes_s)
+        for name, known in KNOWN.items()
+    ]
+    ways = allowed(offers, transport.codec.kind, transport.codec.level_max)
+    return CodecRules(
+        tuple(way for way in ways if way.name != RAW), transport.bytes_per_s_max,
+        deployment.slo.ttft_s,
+    )  # fmt: skip
 
 
 def _tier_rules(deployment: Deployment, pool: PoolSpec, capacity: Capacity) -> TierRules | None:
@@ -65,9 +99,10 @@ def _tier_rules(deployment: Deployment, pool: PoolSpec, capacity: Capacity) -> T
         return None
     hardware = deployment.hardware_of(pool)
     share = hardware.bandwidth_efficiency * pool.gpus
-    sheet: tuple[tuple[Tier, HostTier | None, float], ...] = (
+    sheet: tuple[tuple[Tier, HostTier | ClusterTier | None, float], ...] = (
         ("host", pool.tiers.host, hardware.host_bandwidth * share),
         ("disk", pool.tiers.disk, hardware.disk_bandwidth * share),
+        ("cluster", pool.tiers.cluster, hardware.nic_bandwidth * share),
     )
     block_bytes = capacity.block_size * capacity.kv_token_bytes
     rules = []
@@ -79,7 +114,11 @@ def _tier_rules(deployment: Deployment, pool: PoolSpec, capacity: Capacity) -> T
             where = f"pools.{pool.name}.tiers.{tier}"
             raise ConfigError(f"{spec.bytes} bytes hold no block of {block_bytes}", where=where)
         rate = spec.bytes_per_s or bytes_per_s
-        rules.append(TierRule(tier, blocks, rate, spec.evict, spec.write))
+        if isinstance(spec, ClusterTier):
+            store = spec.url or "cluster"
+            rules.append(TierRule(tier, blocks, rate, "lru", spec.write, store, spec.latency_s))
+        else:
+            rules.append(TierRule(tier, blocks, rate, spec.evict, spec.write))
     cost = _prefill_cost(step_model(deployment, pool))
     always = pool.tiers.load == "always"
     return TierRules(tuple(rules), cost, always, pool.tiers.wait_s) if rules else None

@@ -10,8 +10,10 @@ it, and the gateway submits the next one with what it has emitted so far.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from kvasir.core.caches import Kept, Pin, Retain
+from kvasir.core.copies import Copied, Leave, Left
 from kvasir.core.effects import AnyEffect, Note, Tell, Timer
 from kvasir.core.events import (
     PrefixUsed,
@@ -51,6 +53,7 @@ from kvasir.core.messages import (
     Welcome,
     WorkerGone,
 )  # fmt: skip
+from kvasir.core.request import Request
 from kvasir.core.specs import Deployment
 from kvasir.cost.step import StepModel
 from kvasir.kv.guess import Guess
@@ -58,6 +61,9 @@ from kvasir.kv.prefix import PrefixIndex
 from kvasir.net.oracle import Oracle
 from kvasir.net.topology import Topology
 from kvasir.node.admission import Admission
+from kvasir.node.caches import Caches
+from kvasir.node.copies import Copies
+from kvasir.node.leaving import Leaving
 from kvasir.node.placement import Ground, Placement, RouteWindow, State
 from kvasir.node.registry import Hold, Member
 from kvasir.policy.admit import ADMITS
@@ -66,6 +72,14 @@ from kvasir.policy.route.stay import stays
 
 BEAT = "beat"
 DECODE_WEIGHT = 0.05  # of the newest request in the mean time of a decode
+
+
+class Lead(NamedTuple):
+    """Where an attempt begins. `stays`: it ends there too, as shipping its KV would not pay."""
+
+    choice: Choice
+    memory: RouteMemory
+    stays: bool = False
 
 
 class Conductor:
@@ -93,8 +107,15 @@ class Conductor:
         )
         self.decode_s_mean: float | None = None  # of finished requests: from prefilled to over
         self._costs = models
+        self._codes = deployment.transport.codec.kind != "off"
         self._now = 0.0
         self._out: list[AnyEffect] = []
+        self.caches = Caches(deployment, epoch, self._emit)
+        wait_s = self.limits.kv_wait_s + self.limits.grace_s
+        self.copies = Copies(
+            self._ground, deployment.policy.copies, epoch, wait_s, self._emit, self._where
+        )
+        self.leaving = Leaving(self.copies, epoch, self._emit, self._needed, self._move)
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Start: self._on_start, Alarm: self._on_alarm, Hello: self._on_hello,
             Load: self._on_load, KvEvents: self._on_kv_events, Submit: self._on_submit,
@@ -102,6 +123,8 @@ class Conductor:
             PrefillDone: self._on_prefill_done, TransferReport: self._on_transfer_report,
             Finished: self._on_finished, Ended: self._on_ended, GatewayBeat: self._on_gateway_beat,
             WorkerGone: self._on_worker_gone, NetReading: self._on_net_reading,
+            Kept: self._on_kept, Retain: lambda event: self.caches.retain(event, self._now),
+            Copied: self._on_copied, Leave: self._on_leave, Left: self._on_left,
         }  # fmt: skip
 
     @property
@@ -146,6 +169,8 @@ class Conductor:
         if member.incarnation > event.incarnation:
             return  # a past life
         member.load, member.heard_at = event, self._now
+        self.caches.beat(member, event, self._now)
+        self.leaving.proceed(member.id, self._now)
         if member.resync_asked:
             self._tell(member.id, KvResync(self.epoch))
         self._reconcile(member, event)
@@ -167,15 +192,48 @@ class Conductor:
                 if placement is not None and placement.needs(member.id):
                     self._lose(placement, f"{member.id} does not know it")
 
+    def _on_kept(self, event: Kept) -> None:
+        member = self.members.get(event.worker)
+        if member is not None and member.incarnation == event.incarnation:
+            self.caches.kept(event, self._now)
+
     def _on_worker_gone(self, event: WorkerGone) -> None:
         member = self.members.get(event.worker)
         if member is not None and member.incarnation <= event.incarnation:
             self._remove(member, event.reason)
 
+    def _on_leave(self, event: Leave) -> None:
+        member = self.members.get(event.worker)
+        if member is not None:
+            self.leaving.leave(event, member, self._now)
+
+    def _on_left(self, event: Left) -> None:
+        member = self.members.get(event.worker)
+        if member is not None and member.incarnation <= event.incarnation:
+            self._remove(member, "left")
+
+    def _on_copied(self, event: Copied) -> None:
+        self.copies.copied(event, self._now)
+        self.copies.prepare(self._now)
+        self.leaving.proceed(event.source, self._now)
+
+    def _needed(self, worker: WorkerId) -> bool:
+        """Whether an attempt would be lost with it."""
+        return any(p.needs(worker) for p in self.placements.values())
+
+    def _move(self, worker: WorkerId) -> None:
+        """What still runs there goes on elsewhere."""
+        for placement in list(self.placements.values()):
+            if placement.needs(worker):
+                self._lose(placement, f"{worker} leaves")
+
     def _remove(self, member: Member, reason: str) -> None:
         """Nothing of this incarnation survives: not in the index, the oracle or a hold."""
         del self.members[member.id]
         self.index.leave(member.id)
+        self.caches.gone(member.id, self._now)
+        self.copies.gone(member.id)
+        self.leaving.gone(member.id)
         for placement in list(self.placements.values()):
             if placement.needs(member.id):
                 self._lose(placement, f"{member.id} {reason}", died=True)
@@ -195,6 +253,7 @@ class Conductor:
             self._tell(member.id, KvResync(self.epoch))
         elif event.reset and whole:
             member.resync_asked = False
+        self.copies.prepare(self._now)
 
     def _on_net_reading(self, event: NetReading) -> None:
         self.oracle.reading(event)
@@ -214,6 +273,9 @@ class Conductor:
         for placement in [p for p in self.queue if now - p.queued_at > limits.queue_wait_s]:
             self._decline(placement, 503, f"no worker had room within {limits.queue_wait_s:g} s")
         self.index.expire(now)
+        self.caches.expire(self.members, now)
+        self.copies.expire(now)
+        self.copies.prepare(now)
         self._out.append(Timer(BEAT, now + limits.beat_s))
 
     # --- requests ---------------------------------------------------------------------------------
@@ -230,7 +292,14 @@ class Conductor:
         if verdict.status and event.attempt == 1:
             self._refuse(placement, verdict.status, verdict.reason, verdict.retry_after_s)
             return
+        verdict = self.caches.mark(event, self.members.values(), self._now)
+        if verdict.status:
+            self.caches.over(placement.id, event.marks, self._now)
+            self._refuse(placement, verdict.status, verdict.reason, verdict.retry_after_s)
+            return
         self.placements[placement.id] = placement
+        if event.attempt == 1:
+            self.copies.arrived(event.request, self._now)
         band = placement.request.band
         at = len(self.queue)
         while at and self.queue[at - 1].request.band > band:
@@ -250,16 +319,15 @@ class Conductor:
     def _place(self, p: Placement) -> bool:
         """Decide where an attempt runs and dispatch it. False: no room now."""
         self._match(p)
-        able = self.able(p, "decode")
-        decoders = self._with_room(p, able)
-        stay = stays(self._window(p, "decode", decoders)) if decoders else None
-        if stay is not None:
-            return self._run_whole(p, self.members[stay.worker], stay.why)
-        prefillers = self.able(p, "prefill")
-        if not prefillers or not able:
+        if any(mark.must for mark in p.marks):
+            return self._place_cache(p)
+        decoders = self._with_room(p, self.able(p, "decode"))
+        lead = self._lead(p, decoders)
+        if lead is None:
             return self._place_without_a_role(p)
-        window = self._window(p, "prefill", prefillers, decoders=decoders)
-        choice, memory = self.route(window, self._memory)
+        choice, memory = lead.choice, lead.memory
+        if lead.stays:
+            return self._run_whole(p, self.members[choice.worker], choice.why)
         p.fetch_from, p.fetch_blocks = choice.fetch_from, choice.fetch_blocks
         if self.index.tiered:  # a peer lends what its device has
             p.fetch_blocks = min(p.fetch_blocks, p.resident.get(p.fetch_from, 0))
@@ -283,12 +351,39 @@ class Conductor:
         target = target._replace(decode=target.worker)
         return self._dispatch_pair(p, prefiller, target, f"{choice.why}; {target.why}")
 
+    def _lead(self, p: Placement, decoders: list[Member]) -> Lead | None:
+        """Where an attempt begins. None: workers of one role are missing."""
+        stay = stays(self._window(p, "decode", decoders)) if decoders else None
+        if stay is not None:
+            return Lead(stay, self._memory, True)
+        prefillers = self.able(p, "prefill")
+        if not prefillers or not (decoders or self.able(p, "decode")):
+            return None
+        window = self._window(p, "prefill", prefillers, decoders=decoders)
+        return Lead(*self.route(window, self._memory))
+
+    def _where(self, request: Request) -> WorkerId:
+        """Where a prompt would be prefilled if it came now; "" where nobody could."""
+        p = Placement(Submit(request), self._now)
+        self._match(p)
+        lead = self._lead(p, self._with_room(p, self.able(p, "decode")))
+        return lead.choice.worker if lead is not None else ""
+
     def _match(self, p: Placement) -> None:
         """What each worker has of the prompt: at any tier, and where it can be used as it is."""
         p.hits = p.resident = self.index.match(p.request.keys)
         if self.index.tiered:
             tiers = self.index.tiers(p.request.keys)
             p.resident = {worker: hits.device for worker, hits in tiers.items()}
+
+    def _place_cache(self, p: Placement) -> bool:
+        """A prompt that is computed to be kept stays where that is done: nothing is shipped."""
+        able = self.able(p, "prefill") or self._could_hold(p, p.input_tokens)
+        if not able:
+            return False
+        able = self.caches.with_room(p.marks, able) or able
+        choice, self._memory = self.route(self._window(p, "prefill", able), self._memory)
+        return self._run_whole(p, self.members[choice.worker], choice.why)
 
     def _place_without_a_role(self, p: Placement) -> bool:
         """All prefill or all decode workers are gone: any worker of the model runs both phases."""
@@ -350,7 +445,8 @@ class Conductor:
             if most <= m.blocks_total
             and (
                 not m.holds
-                or m.blocks_reserved + blocks - hits.get(m.id, 0) <= m.blocks_total
+                or m.blocks_reserved + self.caches.pinned(m.id) + blocks - hits.get(m.id, 0)
+                <= m.blocks_total
             )
         ]
 
@@ -391,6 +487,10 @@ class Conductor:
             p.state = State.DECODE
         self._hold(p, m, self._blocks(p) - p.resident.get(m.id, 0), decodes=True)
         nbytes = self._window(p, "decode", [m]).transfer_bytes(m.id)
+        if self._codes and nbytes:  # asked before this transfer counts as one of those in flight
+            arm = self.spec.oracle
+            estimate = self.oracle.estimate(p.prefill, m.id, nbytes, self._now, arm)
+            p.link_bytes_s = nbytes / estimate.seconds
         self.oracle.begin(p.transfer_id, p.prefill, m.id, nbytes, self._now)
         self._dispatch(p, m, "decode")
 
@@ -419,6 +519,7 @@ class Conductor:
 
     def _placed(self, p: Placement) -> None:
         p.state, p.placed_at = State.PREFILL, self._now
+        self.copies.placed(p.request, p.prefill, self._now)
 
     def _dispatch(self, p: Placement, m: Member, phase: Any) -> None:
         self._tell(
@@ -429,11 +530,17 @@ class Conductor:
                 target=p.decode if phase == "prefill" else "",
                 prefix_from="" if phase == "decode" else p.fetch_from,
                 prefix_blocks=0 if phase == "decode" else p.fetch_blocks,
+                pins=() if phase == "decode" else self._pins(p, m),
+                link_bytes_s=p.link_bytes_s if phase == "decode" else 0.0,
             ),
         )  # fmt: skip
 
+    def _pins(self, p: Placement, m: Member) -> tuple[Pin, ...]:
+        return self.caches.pins(p.request.keys, m.id, self._now)
+
     def _tell_placed(self, p: Placement, why: str) -> None:
-        placed = Placed(p.id, p.attempt, p.path, p.prefill, p.decode, why)
+        kept = self.caches.kept_tokens(p.request.tenant, p.request.keys)
+        placed = Placed(p.id, p.attempt, p.path, p.prefill, p.decode, why, kept)
         self._tell(p.request.gateway, placed)
         self._note(
             Routed(
@@ -506,6 +613,8 @@ class Conductor:
 
     def _on_finished(self, event: Finished) -> None:
         p = self._current(event.request_id, event.attempt)
+        if p is None:
+            self.copies.finished(event, self._now)
         if p is None or p.state is State.FINISHED:
             return
         for worker in p.workers():
@@ -524,8 +633,11 @@ class Conductor:
 
     def _on_ended(self, event: Ended) -> None:
         placement = self.placements.get(event.request_id)
-        if placement is not None:
-            self._drop(placement, event.reason)
+        if placement is None:
+            return
+        self._drop(placement, event.reason)
+        if event.reason in ("stop", "length"):
+            self.copies.ended(placement.request, placement.finished, self._now)
 
     def _on_gateway_beat(self, event: GatewayBeat) -> None:
         """What a gateway waits for against what is known here: messages may have been lost."""
@@ -567,6 +679,7 @@ class Conductor:
 
     def _drop(self, p: Placement, reason: str) -> None:
         """Forget an attempt here and, unless it is over there, at its workers."""
+        self.caches.over(p.id, p.marks, self._now)
         if p.state not in (State.QUEUED, State.FINISHED):
             for worker in p.workers():
                 if p.needs(worker) and worker in self.members:
@@ -587,6 +700,9 @@ class Conductor:
         if p in self.choosing:
             self.choosing.remove(p)
 
+    def _emit(self, effect: AnyEffect) -> None:
+        self._out.append(effect)
+
     def _tell(self, to: NodeId, message: Message) -> None:
         self._out.append(Tell(to, cast(AnyMessage, message)))
 
@@ -606,3 +722,5 @@ class Conductor:
             assert (p in self.choosing) == (p.state is State.CHOOSING), p.id
         self.oracle.check()
         self.index.check()
+        self.caches.check()
+        self.copies.check()

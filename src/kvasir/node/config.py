@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from kvasir.core.ids import CONDUCTOR, NodeId, WorkerId
+from kvasir.core.codec import CodecRules
+from kvasir.core.ids import CONDUCTOR, NodeId, TenantId, WorkerId
 from kvasir.core.messages import Capacity, Location
 from kvasir.core.specs.deployment import TransferMode
 from kvasir.policy.speculate import Drafting
@@ -26,6 +27,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     conductor: NodeId = CONDUCTOR
     batch: str = "token_budget"
     evict: str = "lru"
+    weights: tuple[tuple[TenantId, float], ...] = ()
     chunk_tokens: int = 8192
     steps_max: int = 256
     waiting_max: int = 4096
@@ -35,5 +37,9 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     prompt_wait_s: float = 10.0
     kv_wait_s: float = 120.0
     lease_s: float = 120.0
+    pinned_share_max: float = 0.25
     speculate: Drafting | None = None
     tiers: TierRules | None = None
+    codec: CodecRules | None = None
+    copies_share_max: float = 0.0  # of the pool; 0: none are taken
+    tells_answers: bool = False

@@ -30,15 +30,16 @@ class Placement:
     """One attempt. A new attempt is a new placement."""
 
     __slots__ = (
-        "attempt", "decode", "emitted", "fetch_blocks", "fetch_from", "finished", "hits", "path",
-        "placed_at", "prefill", "prefill_hit", "prefilled_at", "queued_at", "request", "resident",
-        "shipped", "state", "transfer_s",
+        "attempt", "decode", "emitted", "fetch_blocks", "fetch_from", "finished", "hits",
+        "link_bytes_s", "marks", "path", "placed_at", "prefill", "prefill_hit", "prefilled_at",
+        "queued_at", "request", "resident", "shipped", "state", "transfer_s",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, now: float) -> None:
         self.request = submit.request
         self.attempt = submit.attempt
         self.emitted = submit.emitted
+        self.marks = submit.marks
         self.state = State.QUEUED
         self.path: Path = "disaggregated"
         self.prefill: WorkerId = ""
@@ -49,6 +50,7 @@ class Placement:
         self.fetch_from: WorkerId = ""
         self.fetch_blocks = 0  # leading blocks that come from there
         self.transfer_s = 0.0
+        self.link_bytes_s = 0.0  # what the network should give the KV, where it may be coded
         self.shipped = False
         self.queued_at = now
         self.placed_at = now

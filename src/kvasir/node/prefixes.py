@@ -56,7 +56,7 @@ class Prefixes:
         work.inbound = False
         if event.ok:
             for block, key in zip(work.blocks, work.keys, strict=False):
-                self._blocks.pool.commit(block, key)
+                self._blocks.pool.commit(block, key, self._blocks.owner(work))
         self._blocks.free(work)
         c, source, name = self._config, work.dispatch.prefix_from, event.request_id
         release = Release(name, event.attempt)

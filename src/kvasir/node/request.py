@@ -8,11 +8,12 @@ submits the next attempt with what has been emitted, so no token is lost and non
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from kvasir.core.caches import CacheState, Mark, Retain
 from kvasir.core.effects import AnyEffect, Note, Refuse, Reply, Tell, Timer
 from kvasir.core.events import Closed, Recomputed
-from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.ids import CONDUCTOR, CacheId, NodeId, RequestId, WorkerId
 from kvasir.core.message import Message
 from kvasir.core.messages import (
     Active,
@@ -46,11 +47,14 @@ class Life:
 
     __slots__ = (
         "arrived_at", "attempt", "carried", "deaths", "decode", "emitted", "end", "first_at",
-        "last_at", "path", "prefill", "report", "request", "second_at", "submitted_at",
+        "kept_tokens", "last_at", "marks", "path", "prefill", "report", "request", "second_at",
+        "submitted_at",
     )  # fmt: skip
 
-    def __init__(self, request: Request, now: float) -> None:
+    def __init__(self, request: Request, now: float, marks: tuple[Mark, ...] = ()) -> None:
         self.request = request
+        self.marks = marks
+        self.kept_tokens = 0  # of the prompt, in a cache that its tenant keeps
         self.attempt = 1
         self.emitted = 0
         self.carried = 0  # of them, how many this attempt began with
@@ -67,6 +71,13 @@ class Life:
         self.report: Report | None = None
 
 
+class Known(NamedTuple):
+    """What the conductor said last of a cache that was made here, and when it ends."""
+
+    state: CacheState
+    ends_at: float
+
+
 class Requests:
     """State machine of one gateway's requests."""
 
@@ -80,12 +91,15 @@ class Requests:
         self.beat_s, self.grace_s, self.attempts_max = beat_s, grace_s, attempts_max
         self.deaths_max = deaths_max
         self.lives: dict[RequestId, Life] = {}
+        self.caches: dict[CacheId, Known] = {}
+        self._retained: dict[CacheId, Retain] = {}  # not answered yet
         self._now = 0.0
         self._out: list[AnyEffect] = []
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Start: self._on_start, Alarm: self._on_alarm, Arrive: self._on_arrive,
             Placed: self._on_placed, Tokens: self._on_tokens, Done: self._on_done,
             Lost: self._on_lost, Declined: self._on_declined, Hangup: self._on_hangup,
+            Retain: self._on_retain, CacheState: self._on_cache_state,
         }  # fmt: skip
 
     def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
@@ -109,6 +123,7 @@ class Requests:
             if self._now - life.submitted_at > self.grace_s
         )
         self._tell(self.conductor, GatewayBeat(self.gateway, self.incarnation, active))
+        self._tell_of_caches()
         self._out.append(Timer(BEAT, self._now + self.beat_s))
 
     # --- the usual way ----------------------------------------------------------------------------
@@ -116,10 +131,10 @@ class Requests:
     def _on_arrive(self, event: Arrive) -> None:
         request = event.request
         assert request.id not in self.lives, request.id
-        life = self.lives[request.id] = Life(request, self._now)
+        life = self.lives[request.id] = Life(request, self._now, event.marks)
         if request.deadline_s is not None:
             self._out.append(Timer(DEADLINE + request.id, request.deadline_s))
-        self._tell(self.conductor, Submit(request, life.attempt, 0))
+        self._tell(self.conductor, Submit(request, life.attempt, 0, life.marks))
 
     def _on_placed(self, event: Placed) -> None:
         life = self._current(event.request_id, event.attempt)
@@ -134,6 +149,7 @@ class Requests:
             life.path = life.path or event.path
             self._out.append(Reply(event.request_id, life.emitted, 0, path=event.path))
         life.prefill, life.decode = event.prefill, event.decode
+        life.kept_tokens = max(life.kept_tokens, event.kept_tokens)
 
     def _on_tokens(self, event: Tokens) -> None:
         for drawn in event.drawn:
@@ -194,7 +210,7 @@ class Requests:
             lost = request.prompt_tokens + life.emitted
             self._note(Recomputed(request.id, lost, "lost"))
         life.prefill = life.decode = ""
-        self._tell(self.conductor, Submit(request, life.attempt, life.emitted))
+        self._tell(self.conductor, Submit(request, life.attempt, life.emitted, life.marks))
 
     def _on_declined(self, event: Declined) -> None:
         life = self._current(event.request_id, event.attempt)
@@ -227,6 +243,28 @@ class Requests:
             )
         )  # fmt: skip
 
+    # --- caches -----------------------------------------------------------------------------------
+
+    def _on_retain(self, event: Retain) -> None:
+        """A client keeps a cache longer, or no longer."""
+        self._retained[event.cache] = event
+        self._tell(self.conductor, event)
+
+    def _on_cache_state(self, event: CacheState) -> None:
+        self._retained.pop(event.cache, None)
+        if event.state in ("refused", "ended"):
+            self.caches.pop(event.cache, None)
+        else:
+            self.caches[event.cache] = Known(event, self._now + event.left_s)
+
+    def _tell_of_caches(self) -> None:
+        """Say again what was not answered; forget what must be over."""
+        for event in self._retained.values():
+            self._tell(self.conductor, event)
+        for cache, known in list(self.caches.items()):
+            if self._now > known.ends_at + self.grace_s:
+                del self.caches[cache]
+
     # --- small things -----------------------------------------------------------------------------
 
     def _current(self, request_id: RequestId, attempt: int) -> Life | None:
@@ -247,9 +285,10 @@ class Requests:
 
 
 def usage_of(life: Life) -> Usage:
-    """Cached tokens come from where prefill ran, and are a part of the prompt's tokens."""
+    """Cached tokens come from where prefill ran, and are a part of the prompt's tokens. Those of a
+    cache that the tenant keeps are cached wherever it ran."""
     cached = life.report.prefill.cached_tokens if life.report is not None else 0
-    prompt = life.request.prompt_tokens
+    cached, prompt = max(cached, life.kept_tokens), life.request.prompt_tokens
     return Usage(prompt, min(cached, prompt), life.emitted)
 
 

@@ -14,6 +14,7 @@ from kvasir.core.effects import AnyEffect, Cut, Note, Row, Step
 from kvasir.core.events import Preempted, Recomputed
 from kvasir.core.ids import RequestId, StepId
 from kvasir.core.messages import EndReason, RowDone, StepDone
+from kvasir.core.tiers import Held
 from kvasir.node.blocks import Blocks
 from kvasir.node.cohort import Cohort
 from kvasir.node.config import WorkerConfig
@@ -141,7 +142,8 @@ class Steps:
     def _load(self, entering: list[Work]) -> bool:
         """Those that take blocks out of a tier first leave the queue, with blocks of their own."""
         running_s = self.iteration_s or 0.0 if self.running else 0.0
-        loading = [work for work in entering if self._tiers.load(work, self._now, running_s)]
+        behind = len(self.waiting) - 1
+        loading = [w for w in entering if self._tiers.load(w, self._now, running_s, behind)]
         for work in loading:
             self.waiting.remove(work)
         return bool(loading)
@@ -231,6 +233,12 @@ class Steps:
         self._begin(work)
         return True
 
+    def held(self, event: Held) -> None:
+        """A shared tier said what it has: whoever asked is where it was in the queue."""
+        work = self._tiers.held(event)
+        if work is not None:
+            self.enqueue(work)
+
     def loaded(self, work: Work, now: float) -> None:
         """What came out of a tier is in its blocks: it runs from the next step on."""
         self._now = now
@@ -283,6 +291,7 @@ class Steps:
             work.recomputed += work.computed
         self.running.remove(work)
         self._blocks.free(work)
+        work.shared = None
         work.computed, work.fresh, work.draft = 0, True, 0
         self.enqueue(work)
 

@@ -6,27 +6,62 @@ Knows blocks, keys and attempts; must not know how bytes are kept, or what a ste
 
     device --block is full--> Store --Stored--> slot with a name --room is needed--> gone
     queue --admitted--> blocks and Restore --Restored--> run, from the first token that is missing
+            '--a shared tier may have it--> Ask --Held--> queue
+
+A tier that all workers share is asked what it holds, each time: others write there, and it evicts
+what it likes. When it fails it is tried again later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from kvasir.core.effects import AnyEffect, Note, Restore, Shelf, Store
-from kvasir.core.events import AnyEvent, Recomputed, TierHit, TierOff, TierPassed, TierStored
+from kvasir.core.effects import (
+    NOWHERE,
+    AnyEffect,
+    Ask,
+    Note,
+    Reopen,
+    Restore,
+    Shelf,
+    Store,
+    Timer,
+)
+from kvasir.core.events import (
+    AnyEvent,
+    Recomputed,
+    TierBack,
+    TierHit,
+    TierOff,
+    TierPassed,
+    TierStored,
+)  # fmt: skip
 from kvasir.core.ids import BlockId, BlockKey, RequestId
 from kvasir.core.message import Tier
-from kvasir.core.tiers import Restored, Stored, TierGone, TierReady
-from kvasir.kv.tiers import TierCache, Use
+from kvasir.core.tiers import Held, Restored, Stored, TierGone, TierReady
+from kvasir.kv.tiers import GivesUp, SharedNames, TierCache, Use, anyone
 from kvasir.node.blocks import Blocks
 from kvasir.node.config import WorkerConfig
 from kvasir.node.work import Stage, Work
 from kvasir.policy.evict import RANKS
-from kvasir.policy.tiers import Choice, Offer, Pace, PrefillCost, TierRule, assumed, choose
+from kvasir.policy.quota import furthest_over
+from kvasir.policy.tiers import (
+    Choice,
+    Offer,
+    Pace,
+    PrefillCost,
+    TierRule,
+    asks,
+    assumed,
+    choose,
+    retry_s,
+)  # fmt: skip
 
 BATCH = 32  # blocks of one Store
 INFLIGHT = 16  # one block in so many of the pool may be on its way to a tier
+RETRY = "tier "  # a timer's name begins so
 
 
 class Writing(NamedTuple):
@@ -41,15 +76,22 @@ class TierState:
     """One tier. `waiting` blocks are to be copied, in this order, `coming` ones are being copied;
     `expected` bytes are asked for and not here yet."""
 
-    def __init__(self, rule: TierRule) -> None:
+    def __init__(self, rule: TierRule, gives_up: GivesUp) -> None:
         self.rule = rule
-        self.cache = TierCache(rule.blocks, RANKS[rule.evict])
+        self.cache: TierCache | SharedNames
+        if rule.shared:
+            self.cache = SharedNames(rule.blocks)
+        else:
+            self.cache = TierCache(rule.blocks, RANKS[rule.evict], gives_up)
         self.found: dict[int, BlockKey] = {}  # what an earlier life left, while it is told
         self.waiting: dict[BlockKey, Use] = {}
         self.coming: dict[BlockKey, Use] = {}
         self.writing: dict[int, Writing] = {}
         self.pace: Pace = assumed(rule.bytes_per_s)
         self.expected = 0
+        self.found_share = assumed(1.0)  # of what was asked for
+        self.asked = assumed(1 / (rule.latency_s or 1.0))  # answers a second
+        self.failures = 0  # on end
 
     def use(self, key: BlockKey, tick: int) -> bool:
         """Whether it is on its way, and now used once more."""
@@ -57,6 +99,13 @@ class TierState:
         if use is not None:
             use.tick, use.floor = tick, self.cache.floor
         return use is not None
+
+
+class Asking(NamedTuple):
+    """An `Ask` that is under way."""
+
+    work: Work
+    keys: tuple[BlockKey, ...]
 
 
 class Reading(NamedTuple):
@@ -78,8 +127,12 @@ class Tiers:
         self.states: dict[Tier, TierState] = {}
         self._starting: dict[Tier, TierState] = {}
         self._failed: set[Tier] = set()
+        self._resting: dict[Tier, TierState] = {}  # failed, and tried again later
+        self.asking: dict[tuple[RequestId, int], Asking] = {}
         self.reading: dict[tuple[RequestId, int], Reading] = {}
         self._blocks, self._config, self._emit = blocks, config, emit
+        weights = dict(config.weights)
+        self._gives_up = partial(furthest_over, weights=weights) if blocks.fair else anyone
         self._prefill = assumed(1.0)  # seconds that were predicted, in a second that it took
         self._inflight_max = max(1, config.capacity.kv_blocks // INFLIGHT)
         self._tick = 0
@@ -92,27 +145,50 @@ class Tiers:
         rule = self.rules.get(event.tier)
         if rule is None or event.tier in self.states or event.tier in self._failed:
             return
-        state = self._starting.setdefault(event.tier, TierState(rule))
+        if event.tier in self._resting:
+            self._note(TierBack(self._config.worker, event.tier))
+        state = self._resting.pop(event.tier, None)
+        state = state or self._starting.setdefault(event.tier, self._new(rule))
         state.found |= dict(zip(event.slots, event.keys, strict=True))
         if event.last:
-            del self._starting[event.tier]
-            state.cache.adopt(state.found)
+            self._starting.pop(event.tier, None)
+            if isinstance(state.cache, TierCache):
+                state.cache.adopt(state.found)
+                self._blocks.below[event.tier] = state.cache.pool
             state.found.clear()
             working = {**self.states, event.tier: state}
             self.states = {tier: working[tier] for tier in self.rules if tier in working}
-            self._blocks.below[event.tier] = state.cache.pool
             self._blocks.used = self.used
 
-    def gone(self, event: TierGone) -> None:
-        """Never again. What it held is computed where it is wanted."""
-        self._failed.add(event.tier)
+    def _new(self, rule: TierRule) -> TierState:
+        return TierState(rule, self._gives_up)
+
+    def gone(self, event: TierGone, now: float) -> None:
+        """Never again, or not for a while. What it held is computed where it is wanted."""
+        rule, rested = self.rules.get(event.tier), event.tier in self._resting
         self._starting.pop(event.tier, None)
         state = self.states.pop(event.tier, None)
         if state is not None:
             for writing in state.writing.values():
                 self._blocks.pool.unpin(writing.blocks)
+            for kept in (state.writing, state.waiting, state.coming):
+                kept.clear()
             state.cache.clear()
-        self._note(TierOff(self._config.worker, event.tier, event.reason))
+        if rule is None or not rule.shared:
+            self._failed.add(event.tier)
+        else:
+            state = state or self._resting.get(event.tier) or self._new(rule)
+            self._resting[event.tier] = state
+            state.failures += 1
+            self._emit(Timer(RETRY + event.tier, now + retry_s(state.failures)))
+        if not rested:
+            self._note(TierOff(self._config.worker, event.tier, event.reason))
+
+    def alarm(self, name: str) -> None:
+        """A tier was left alone long enough."""
+        for tier in self._resting:
+            if name == RETRY + tier:
+                self._emit(Reopen(tier))
 
     # --- to a tier --------------------------------------------------------------------------------
 
@@ -122,18 +198,19 @@ class Tiers:
         if not self.states or first >= last:
             return
         self._tick += not first
-        tick, keys = self._tick, work.keys
+        tick, keys, owner = self._tick, work.keys, self._blocks.owner(work)
         seconds = self._cost(0, work.known) / max(1, work.known // self._blocks.size)
         for state in self.states.values():
             write = state.rule.write
             wanted = write == "always" or (write == "reused" and again)
             for depth in range(first, last):
                 key = keys[depth]
-                if state.cache.touch(key, tick, seconds, again=again) or state.use(key, tick):
+                known = state.cache.touch(key, tick, seconds, again=again, owner=owner)
+                if known or state.use(key, tick):
                     continue
                 if wanted:
                     state.waiting[key] = Use(
-                        depth, tick, seconds, 1 + again, state.cache.floor
+                        depth, tick, seconds, 1 + again, state.cache.floor, owner
                     )
 
     def write(self) -> None:
@@ -175,39 +252,44 @@ class Tiers:
                 state.cache.name(writing.slots[i], writing.keys[i], uses[i])
             state.cache.release(writing.slots)
             if event.count:
+                state.failures = 0
                 tier, worker = state.rule.tier, self._config.worker
                 self._note(TierStored(worker, tier, event.count, event.bytes, event.seconds))
 
     # --- from a tier ------------------------------------------------------------------------------
 
-    def load(self, work: Work, now: float, iteration_s: float) -> bool:
+    def load(self, work: Work, now: float, iteration_s: float, behind: int) -> bool:
         """Whether an admitted attempt waits for blocks of a tier, which it holds from here on.
-        `iteration_s`: what a step that runs when they are here still takes."""
+        `iteration_s`: what a step that runs when they are here still takes. So many attempts wait
+        `behind` it."""
         if not self.states:
             return False
         hits = self._blocks.hits(work)
+        if not self._blocks.fits(work, hits):
+            return False
         shelves = list(self._shelves(work, len(hits)))
-        if not shelves or not self._blocks.fits(work, hits):
+        if self._ask(work, len(hits) + sum(len(shelf.slots) for shelf in shelves), iteration_s):
+            return True
+        if not shelves:
             return False
         assert self._config.tiers is not None
         rules = self._config.tiers
         offers = list(self._offers(shelves, len(hits)))
-        choice = choose(offers, iteration_s, always=rules.always)
+        choice = choose(offers, iteration_s, behind=behind, always=rules.always)
         if not choice.offers:
             self._passed(work, offers, choice)
             return False
         chosen = shelves[: choice.offers]
         self._blocks.take(work, hits)
-        self._read(work, len(hits), chosen, choice, now + choice.compute_s + rules.wait_s)
+        self._read(work, len(hits), chosen, choice, now + choice.worth_s + rules.wait_s)
         return True
 
     def _shelves(self, work: Work, first: int) -> Iterator[Shelf]:
         """Where the blocks from `first` on are, each at the fastest tier that has it, up to the
-        first that none has. The last known position is always computed."""
-        usable = min((work.known - 1) // self._blocks.size, len(work.keys))
+        first that none has."""
         tier, slots = None, list[int]()
-        for key in work.keys[first:usable]:
-            at, slot = self._find(key)
+        for key in self._usable(work, first):
+            at, slot = self._find(key, work.shared or ())
             if at != tier and tier is not None:
                 yield Shelf(tier, tuple(slots))
                 slots = []
@@ -218,12 +300,55 @@ class Tiers:
         if tier is not None:
             yield Shelf(tier, tuple(slots))
 
-    def _find(self, key: BlockKey) -> tuple[Tier | None, int]:
+    def _usable(self, work: Work, first: int) -> Sequence[BlockKey]:
+        """Keys of whole blocks from `first` on. The last known position is always computed."""
+        return work.keys[first : min((work.known - 1) // self._blocks.size, len(work.keys))]
+
+    def _find(self, key: BlockKey, shared: Collection[BlockKey]) -> tuple[Tier | None, int]:
         for tier, state in self.states.items():
+            if isinstance(state.cache, SharedNames):
+                if key in shared:
+                    return tier, NOWHERE
+                continue
             slot = state.cache.find(key)
             if slot is not None:
                 return tier, slot
-        return None, -1
+        return None, NOWHERE
+
+    def _ask(self, work: Work, first: int, iteration_s: float) -> bool:
+        """Whether an attempt waits to hear what the shared tier has from block `first` on: once,
+        and where that can pay."""
+        state = next((s for s in self.states.values() if s.rule.shared), None)
+        if state is None or work.shared is not None:
+            return False
+        keys, size = tuple(self._usable(work, first)), self._blocks.size
+        if not keys:
+            return False
+        assert self._config.tiers is not None
+        load_s = (state.expected + self._blocks.bytes(len(keys))) / state.pace.per_s
+        gain_s = self._cost(first * size, len(keys) * size) - load_s - iteration_s
+        share = state.found_share.per_s
+        if not self._config.tiers.always and not asks(gain_s, 1 / state.asked.per_s, share):
+            return False
+        work.stage = Stage.ASK
+        self.asking[work.id, work.attempt] = Asking(work, keys)
+        self._emit(Ask(work.id, work.attempt, state.rule.tier, keys))
+        return True
+
+    def held(self, event: Held) -> Work | None:
+        """Who asked, unless it is dead by now."""
+        asking = self.asking.pop((event.request_id, event.attempt), None)
+        if asking is None:
+            return None
+        state, keys = self.states.get(event.tier), asking.keys
+        if state is not None and isinstance(state.cache, SharedNames):
+            state.cache.found(keys[: event.count])
+            state.cache.missed(keys[event.count :])
+            state.found_share = state.found_share.measured(event.count / len(keys), 1.0)
+            state.asked = state.asked.measured(1.0, event.seconds)
+            state.failures = 0 if event.count else state.failures
+        asking.work.shared = frozenset(keys[: event.count])
+        return None if asking.work.dead else asking.work
 
     def _offers(self, shelves: Sequence[Shelf], first: int) -> Iterator[Offer]:
         """What each of them takes; a tier serves what was asked of it before first."""
@@ -244,8 +369,7 @@ class Tiers:
     ) -> None:
         count = 0
         for shelf in shelves:
-            cache = self.states[shelf.tier].cache
-            cache.pool.take(shelf.slots)
+            self.states[shelf.tier].cache.take(shelf.slots)
             self.states[shelf.tier].expected += self._blocks.bytes(len(shelf.slots))
             count += len(shelf.slots)
         work.stage, work.inbound = Stage.TIER, True
@@ -265,8 +389,11 @@ class Tiers:
             state, count = self.states.get(shelf.tier), len(shelf.slots)
             if state is not None:
                 if 0 <= bad < count:
-                    state.cache.forget(shelf.slots[bad])
+                    key = work.keys[reading.hits + event.count]
+                    state.cache.damaged(shelf.slots[bad], key)
                 state.cache.release(shelf.slots)
+            state = state or self._resting.get(shelf.tier)
+            if state is not None:
                 state.expected -= self._blocks.bytes(count)
             bad -= count
         for moved in event.moved:
@@ -324,6 +451,11 @@ class Tiers:
             work.recomputed += tokens
             self._note(Recomputed(work.id, tokens, "preempted"))
 
+    @property
+    def waiting(self) -> int:
+        """Attempts that wait for a tier."""
+        return len(self.reading) + len(self.asking)
+
     def _note(self, event: AnyEvent) -> None:
         self._emit(Note(event))
 
@@ -334,7 +466,8 @@ class Tiers:
             held = [slot for writing in state.writing.values() for slot in writing.slots]
             for reading in self.reading.values():
                 held += [s for shelf in reading.shelves if shelf.tier == tier for s in shelf.slots]
-            assert state.cache.pool.held == len(set(held)), tier
+            if isinstance(state.cache, TierCache):
+                assert state.cache.pool.held == len(set(held)), tier
             coming = {key for writing in state.writing.values() for key in writing.keys}
             assert state.coming.keys() == coming and not coming & state.waiting.keys()
             assert len(coming) <= self._inflight_max

@@ -2,7 +2,8 @@
 
     prompt --tokens came--> queue --admitted--> run --prefill over--> hold --shipped--> gone
        |'-prefix of a peer--> prefix --came, or not--> queue
-       |                                         '-blocks of a tier--> tier --came, or not--> run
+       |                             |           '-blocks of a tier--> tier --came, or not--> run
+       |                             '-shared tier is asked--> ask --> queue
        |                                         |---last token----------------------> gone
        '-decode phase: room --blocks--> kv --received--> run
 
@@ -28,6 +29,7 @@ class Stage(IntEnum):
     KV = 5  # decode: waits for its KV
     PREFIX = 6  # waits for a peer's cached blocks
     TIER = 7  # admitted; waits for blocks of a tier
+    ASK = 8  # waits to hear what a shared tier has, and holds no blocks
 
 
 class Work:
@@ -41,10 +43,11 @@ class Work:
     __slots__ = (
         "accepted", "accepted_share", "blocks", "cached", "committed", "computed", "computed_here",
         "covered_to", "dead", "dispatch", "dispatched_at", "draft", "drafted", "drafted_at",
-        "ends_at", "first_block", "first_step_s", "fresh", "has_prompt", "id", "in_step", "inbound",
-        "keys", "known", "lease_until", "lost", "out", "outbound", "preemptions", "prefill",
-        "prefilled_at", "queue_s", "ready_at", "received", "recomputed", "released", "sent", "seq",
-        "stage", "started_at", "table_fresh", "tabled", "target", "tick", "transfer", "want",
+        "ends_at", "first_block", "first_step_s", "forms", "fresh", "has_prompt", "id", "in_step",
+        "inbound", "keys", "known", "lease_until", "link_bytes_s", "lost", "out", "outbound",
+        "preemptions", "prefill", "prefilled_at", "queue_s", "ready_at", "received", "recomputed",
+        "released", "sent", "seq", "shared", "stage", "started_at", "table_fresh", "tabled",
+        "target", "tick", "transfer", "want",
     )  # fmt: skip
 
     def __init__(self, dispatch: Dispatch, now: float, seq: int) -> None:
@@ -75,6 +78,7 @@ class Work:
         self.target: WorkerId = dispatch.target
         self.want: int | None = None  # first logical block that the target lacks
         self.sent = 0  # logical blocks up to here are on their way
+        self.link_bytes_s = 0.0  # what the network should give on the way to the target; 0: unknown
         self.first_block = 0  # decode: first logical block to receive
         self.lease_until = float("inf")
         self.dispatched_at = now
@@ -90,8 +94,10 @@ class Work:
         self.preemptions = 0
         self.lost = 0  # tokens whose KV it had when it was preempted, until it goes on
         self.recomputed = 0
+        self.shared: frozenset[BlockKey] | None = None  # what a shared tier has; None: not asked
         self.prefill: PrefillReport | None = None
         self.transfer: tuple[float, int, str] = (0.0, 0, "")
+        self.forms = ""  # in which its KV came, where it was coded
 
     @property
     def attempt(self) -> int:
@@ -152,5 +158,5 @@ class Work:
             decode_worker=worker, transfer_s=seconds, transfer_bytes=nbytes, transport=transport,
             decode_queue_s=self.queue_s if self.phase == "decode" else 0.0,
             first_step_s=self.first_step_s, preemptions=self.preemptions,
-            recomputed_tokens=self.recomputed,
+            recomputed_tokens=self.recomputed, codec=self.forms,
         )  # fmt: skip

@@ -13,7 +13,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
-from kvasir.core.effects import AnyEffect, Fetch, Note, Release, Tell, Timer
+import msgspec
+
+from kvasir.core.caches import Keep
+from kvasir.core.codec import Coded, Sent
+from kvasir.core.copies import Copy, Left
+from kvasir.core.effects import AnyEffect, Fetch, Note, Quit, Release, Tell, Timer
 from kvasir.core.events import Prefilled, Shipped, Speculated, TransferFailed
 from kvasir.core.ids import NodeId, RequestId
 from kvasir.core.message import Message
@@ -44,11 +49,13 @@ from kvasir.core.messages import (
     TransferReport,
     Welcome,
 )  # fmt: skip
-from kvasir.core.tiers import Restored, Stored, TierGone, TierReady
+from kvasir.core.tiers import Held, Restored, Stored, TierGone, TierReady
 from kvasir.kv.pool import BlockPool
 from kvasir.node.blocks import Blocks
 from kvasir.node.config import WorkerConfig
+from kvasir.node.pins import Pins
 from kvasir.node.prefixes import Prefixes
+from kvasir.node.replicas import Replicas
 from kvasir.node.steps import Steps
 from kvasir.node.tiers import Tiers
 from kvasir.node.work import Stage, Work
@@ -64,16 +71,19 @@ class Worker:
         self.config = config
         self.blocks = Blocks(
             config.capacity, config.evict, config.worker, config.incarnation,
-            tells=config.kv_events,
+            tells=config.kv_events, weights=dict(config.weights),
         )  # fmt: skip
         self.prefixes = Prefixes(self.blocks, config)
+        self.pins = Pins(self.blocks, config)
         self.works: dict[RequestId, Work] = {}
         self.quarantine: dict[tuple[RequestId, int], Work] = {}
         self.room: list[Work] = []
         self.tiers = Tiers(self.blocks, config, self.emit)
+        self.replicas = Replicas(self.blocks, config, self.tiers, self.emit)
         self.steps = Steps(self.blocks, config, self.tiers, self)
         self.epoch = 0
         self.draining = False
+        self.over = False  # it left
         self.pool: BlockPool = self.blocks.pool
         self._seq = 0
         self._early: dict[tuple[RequestId, int], tuple[float, Prompt]] = {}  # before their dispatch
@@ -85,19 +95,28 @@ class Worker:
             Dispatch: self._on_dispatch, Prompt: self._on_prompt, Abort: self._on_abort,
             Drain: self._on_drain, KvResync: self._on_resync, KvWant: self._on_want,
             KvGone: self._on_gone, StepDone: self._on_step_done, Received: self._on_received,
-            SendOver: self._on_send_over, Restored: self._on_restored,
-            Stored: self.tiers.stored, TierReady: self.tiers.ready, TierGone: self.tiers.gone,
+            SendOver: self._on_send_over, Sent: self._on_sent, Restored: self._on_restored,
+            Stored: self.tiers.stored, TierReady: self.tiers.ready, Held: self.steps.held,
+            TierGone: lambda event: self.tiers.gone(event, self._now), Keep: self._on_keep,
+            Copy: self._on_copy,
         }  # fmt: skip
 
     def handle(self, now: float, event: AnyMessage) -> list[AnyEffect]:
         self._now, self._out = now, []
+        if self.over:
+            return self._out
         self._handlers[type(event)](event)
+        if self.pins.held:
+            for queue in (self.room, self.steps.waiting):
+                self._out += self.pins.yield_to(queue[0]) if queue else ()
         if self.room:
             self._fill_room()
         if self.steps.step is None:
             self.steps.schedule(now)
         if self.tiers.states:
             self.tiers.write()
+        if self.replicas.unused and self.pool.removed:
+            self.replicas.evicted(self.pool.removed)
         if self.tiers.states or self.pool.added or self.pool.removed:
             self._tell(self.config.conductor, *self.blocks.news())
         return self._out
@@ -131,11 +150,37 @@ class Worker:
             self._tell(self.config.conductor, *self.blocks.everything())
 
     def _on_drain(self, event: Drain) -> None:
+        if self._stale(event.epoch):
+            return
+        self.draining = True
+        if event.leave and not self.busy:
+            self._tell(self.config.conductor, Left(self.config.worker, self.config.incarnation))
+            self._out.append(Quit())
+            self.over = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody counts on what this worker holds, or anything touches it."""
+        writes = any(state.writing for state in self.tiers.states.values())
+        return bool(self.works or self.quarantine or self.prefixes.lent or self.replicas.busy
+                    or writes)  # fmt: skip
+
+    def _on_copy(self, event: Copy) -> None:
+        if self._stale(event.epoch):
+            return
+        waits = self.room or self.steps.waiting
+        reason = "draining" if self.draining else "requests wait for blocks" if waits else ""
+        self.replicas.order(event, self._now, reason)
+
+    def _on_keep(self, event: Keep) -> None:
         if not self._stale(event.epoch):
-            self.draining = True
+            self._out += self.pins.keep(event, self._now)
 
     def _on_alarm(self, event: Alarm) -> None:
-        assert event.name == BEAT, event.name
+        if event.name != BEAT:
+            return self.tiers.alarm(event.name)
+        self.pins.expire(self._now)
+        self.replicas.expire(self._now)
         self._expire()
         self._tell(self.config.conductor, self.load())
         self._out.append(Timer(BEAT, self._now + self.config.beat_s))
@@ -146,7 +191,7 @@ class Worker:
         return Load(
             worker=self.config.worker,
             incarnation=self.config.incarnation,
-            waiting=len(self.steps.waiting) + len(self.room) + len(self.tiers.reading),
+            waiting=len(self.steps.waiting) + len(self.room) + self.tiers.waiting,
             running=len(self.steps.running),
             kv_blocks_free=self.pool.available,
             iteration_s=self.steps.iteration_s,
@@ -154,6 +199,8 @@ class Worker:
             leases=sum(w.stage is Stage.HOLD for w in self.works.values())
             + len(self.prefixes.lent),
             quarantined=len(self.quarantine),
+            pins=tuple(self.pins.held),
+            pinned=self.pins.blocks_count,
         )
 
     def _stale(self, epoch: int) -> bool:
@@ -267,10 +314,15 @@ class Worker:
             work.tabled, work.table_fresh = len(work.blocks), False
             self._tell(
                 work.dispatch.source,
-                KvWant(work.id, work.attempt, self.config.worker, len(hits)),
-            )
+                KvWant(
+                    work.id, work.attempt, self.config.worker, len(hits),
+                    link_bytes_s=work.dispatch.link_bytes_s,
+                ),
+            )  # fmt: skip
 
     def _on_received(self, event: Received) -> None:
+        if self.replicas.received(event):
+            return
         fetched = self.prefixes.wanted.get((event.request_id, event.attempt))
         if fetched is not None:
             self._out += self.prefixes.received(event)
@@ -304,21 +356,30 @@ class Worker:
         else:
             work.computed -= 1
         self.blocks.commit(work)
-        c, measured = self.config, (event.bytes, event.seconds, event.transport)
-        report = TransferReport(work.id, work.attempt, d.source, c.worker, *measured)
+        c, coded = self.config, event.coded or Coded("", event.bytes)
+        measured, work.forms = (event.seconds, event.transport), coded.forms
+        wire = coded.wire_bytes
+        report = TransferReport(work.id, work.attempt, d.source, c.worker, wire, *measured)
         self._tell(c.conductor, report)
-        self._note(Shipped(work.id, d.source, c.worker, *measured))
+        shipped = Shipped(work.id, d.source, c.worker, event.bytes, *measured)
+        if coded.forms:
+            shipped = msgspec.structs.replace(shipped, codec=coded.forms, wire_bytes=wire)
+        self._note(shipped)
         if work.has_prompt:
             self.steps.join(work)
 
     def _on_restored(self, event: Restored) -> None:
         work = self.tiers.restored(event)
+        if self.replicas.restored(work, event):
+            return
         if work is not None and work.dead:
             self.bury(work)
         elif work is not None:
             self.steps.loaded(work, self._now)
 
     def _on_gone(self, event: KvGone) -> None:
+        if self.replicas.gone(event):
+            return
         wanted = self.prefixes.wanted.get((event.request_id, event.attempt))
         if wanted is not None:
             self._out += self.prefixes.cancel(wanted)
@@ -343,12 +404,25 @@ class Worker:
             self._tell(event.target, KvGone(event.request_id, event.attempt, "kv gone"))
             return
         work.want, work.target = event.first_block, event.target
+        work.link_bytes_s = event.link_bytes_s
         if work.stage is Stage.HOLD:
-            self._out.append(self.steps.outbound.rest(work))
+            self._out += self.steps.outbound.rest(work, self._now)
+        else:
+            self.steps.ship_row(work, self._now)
+
+    def _on_sent(self, event: Sent) -> None:
+        work = self.works.get(event.request_id)
+        if work is not None and work.attempt != event.attempt:
+            work = None
+        if not self.steps.outbound.sent(event, work) or work is None:
+            return
+        if work.stage is Stage.HOLD:
+            self._out += self.steps.outbound.rest(work, self._now)
         else:
             self.steps.ship_row(work, self._now)
 
     def _on_send_over(self, event: SendOver) -> None:
+        self.steps.outbound.over((event.request_id, event.attempt))
         returned = self.prefixes.returned(event)
         if returned:
             self._out += returned
@@ -385,6 +459,7 @@ class Worker:
                 report.computed_tokens,
             )
         )  # fmt: skip
+        self._out += self.pins.pin(work, self._now)
         if ended:
             return
         c = self.config
@@ -394,13 +469,15 @@ class Worker:
             work.stage = Stage.HOLD
             work.lease_until = self._now + c.lease_s
             if work.want is not None:
-                self._out.append(self.steps.outbound.rest(work))
+                self._out += self.steps.outbound.rest(work, self._now)
 
     def finish(self, work: Work, reason: EndReason) -> None:
         report = work.report(self.config.worker)
         gateway, c = work.dispatch.request.gateway, self.config
         self._tell(gateway, Done(work.id, work.attempt, reason, work.out, report))
-        finished = Finished(c.worker, work.id, work.attempt, reason, work.out, report)
+        answer = tuple(work.keys[len(work.dispatch.request.keys) : work.committed])
+        finished = Finished(c.worker, work.id, work.attempt, reason, work.out, report,
+                            answer if c.tells_answers else ())  # fmt: skip
         self._tell(c.conductor, finished)
         self._kill(work)
 
@@ -486,8 +563,12 @@ class Worker:
         self.pool.check()
         self.steps.check()
         self.tiers.check()
+        self.pins.check()
+        self.replicas.check()
         owners = [*self.works.values(), *self.quarantine.values()]
-        held = (*(work.blocks for work in owners), *self.prefixes.lent.values())
+        pinned = (held.blocks for held in self.pins.held.values())
+        copies = self.replicas.held()
+        held = (*(work.blocks for work in owners), *self.prefixes.lent.values(), *pinned, *copies)
         refs = Counter(block for blocks in held for block in blocks)
         assert len(refs) == self.pool.held, (len(refs), self.pool.held)
         assert all(self.pool.refs(b) == n for b, n in refs.items())
@@ -496,5 +577,5 @@ class Worker:
             assert (work in self.steps.running) == (work.stage is Stage.RUN), work.id
             assert (work in self.steps.waiting) == (work.stage is Stage.QUEUE), work.id
             assert (work in self.room) == (work.stage is Stage.ROOM), work.id
-            assert work.blocks or work.stage in (Stage.PROMPT, Stage.QUEUE, Stage.ROOM)
+            assert work.blocks or work.stage in (Stage.PROMPT, Stage.QUEUE, Stage.ROOM, Stage.ASK)
         assert all(w.dead and w.busy for w in self.quarantine.values())

@@ -23,7 +23,12 @@ from prometheus_client.registry import Collector
 
 from kvasir.core.events import (
     AnyEvent,
+    BlocksCopied,
+    CacheChanged,
     Closed,
+    CopiesUsed,
+    CopyFailed,
+    KvCoded,
     Preempted,
     Prefilled,
     PrefixUsed,
@@ -137,6 +142,7 @@ class Holding(NamedTuple):
     leases: int
     quarantined: int
     reservations: int
+    pinned: int = 0
 
 
 # name, meaning: in the order of Holding's fields
@@ -145,6 +151,7 @@ HOLDINGS: Final = (
     ("kvasir_leases", "Prefilled sequences whose KV is kept for a decode worker."),
     ("kvasir_quarantined", "Dead sequences whose blocks a step or a transfer still touches."),
     ("kvasir_reservations", "Attempts that the conductor counts on the worker for."),
+    ("kvasir_pinned_blocks", "KV blocks that are kept for caches."),
 )
 
 
@@ -175,6 +182,12 @@ class Metrics(Collector):
         self._bytes = Counter(
             "kvasir_kv_transfer_bytes", "KV bytes received, by transport.", ("transport",)
         )
+        self._wire = Counter(
+            "kvasir_kv_wire_bytes", "Bytes on the wire of KV that was coded.", ("codec",)
+        )
+        self._codecs = Counter(
+            "kvasir_kv_codec_choices", "Forms chosen for parts of KV transfers.", ("codec",)
+        )
         self._failed = Counter(
             "kvasir_kv_transfer_failures", "KV transfers that went wrong.", ("reason",)
         )
@@ -186,16 +199,7 @@ class Metrics(Collector):
         )
         self._drafted = Counter("kvasir_draft_tokens", "Tokens that were guessed, and verified.")
         self._accepted = Counter("kvasir_draft_tokens_accepted", "Guessed tokens that were right.")
-        self._tier_hits = Counter(
-            "kvasir_tier_loaded_tokens", "Tokens whose KV came out of a tier.", ("tier",)
-        )
-        self._tier_bytes = Counter(
-            "kvasir_tier_bytes", "KV bytes copied to and from tiers.", ("tier", "way")
-        )
-        self._tier_passed = Counter(
-            "kvasir_tier_passed_tokens", "Tokens that a tier held and that were computed.", ("why",)
-        )
-        self._tiers_off = Counter("kvasir_tier_failures", "Tiers that failed.", ("tier",))
+        self._count_kept()
         self._transfer = Histogram("kvasir_kv_transfer_seconds", "Time of one KV transfer.")
         self._queue = Histogram("kvasir_prefill_queue_seconds", "Wait before prefill.")
         self._prefill = Histogram("kvasir_prefill_seconds", "Time of prefill itself.")
@@ -221,6 +225,32 @@ class Metrics(Collector):
         self._up: dict[WorkerId, tuple[Incarnation, bool]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+
+    def _count_kept(self) -> None:
+        """What is kept beyond a request: tiers and caches."""
+        self._tier_hits = Counter(
+            "kvasir_tier_loaded_tokens", "Tokens whose KV came out of a tier.", ("tier",)
+        )
+        self._tier_bytes = Counter(
+            "kvasir_tier_bytes", "KV bytes copied to and from tiers.", ("tier", "way")
+        )
+        self._tier_passed = Counter(
+            "kvasir_tier_passed_tokens", "Tokens that a tier held and that were computed.", ("why",)
+        )
+        self._tiers_off = Counter("kvasir_tier_failures", "Tiers that failed.", ("tier",))
+        self._copied = Counter(
+            "kvasir_copied_blocks", "Cached blocks copied before a request asked.", ("purpose",)
+        )
+        self._copies_used = Counter(
+            "kvasir_copied_blocks_used", "Copied blocks that a prompt began with.", ("purpose",)
+        )
+        self._copies_wasted = Counter(
+            "kvasir_copied_blocks_wasted", "Copied blocks evicted before any use.", ("purpose",)
+        )
+        self._copies_failed = Counter(
+            "kvasir_copies_failed", "Copies that came to nothing.", ("purpose", "reason")
+        )
+        self._caches = Counter("kvasir_caches", "Changes of kept prefixes.", ("state",))
 
     # --- in ---------------------------------------------------------------------------------------
 
@@ -248,6 +278,10 @@ class Metrics(Collector):
             case Shipped():
                 self._bytes.add(event.bytes, event.transport)
                 self._transfer.of().observe(event.seconds)
+                if event.codec:
+                    self._wire.add(event.wire_bytes, event.codec)
+            case KvCoded():
+                self._codecs.add(1, event.codec)
             case TransferFailed():
                 self._failed.add(1, event.reason)
             case TransportFellBack():
@@ -268,6 +302,17 @@ class Metrics(Collector):
                 self._tier_passed.add(event.tokens, event.why)
             case TierOff():
                 self._tiers_off.add(1, event.tier)
+            case BlocksCopied():
+                self._bytes.add(event.bytes, event.transport)
+                self._transfer.of().observe(event.seconds)
+                self._copied.add(event.blocks, event.purpose)
+            case CopiesUsed():
+                self._copies_used.add(event.used, event.purpose)
+                self._copies_wasted.add(event.wasted, event.purpose)
+            case CopyFailed():
+                self._copies_failed.add(1, event.purpose, event.reason)
+            case CacheChanged():
+                self._caches.add(1, event.state)
             case Retried():
                 self._retries.add(1, event.reason)
             case Rejected():
@@ -319,10 +364,16 @@ class Metrics(Collector):
         counters = (
             self._requests, self._rejected, self._retries, self._preemptions, self._prompt,
             self._output, self._queries, self._hits, self._attainable, self._computed, self._bytes,
-            self._failed, self._fell_back, self._recomputed, self._drafted, self._accepted,
-            self._tier_hits, self._tier_bytes, self._tier_passed, self._tiers_off,
+            self._wire, self._codecs, self._failed, self._fell_back, self._recomputed,
+            self._drafted, self._accepted, self._tier_hits, self._tier_bytes, self._tier_passed,
+            self._tiers_off,
         )  # fmt: skip
         for counter in counters:
+            yield counter.family()
+        yield self._caches.family()
+        for counter in (
+            self._copied, self._copies_used, self._copies_wasted, self._copies_failed
+        ):
             yield counter.family()
         histograms = (
             self._transfer, self._queue, self._prefill, self._ttft, self._itl, self._tpot,

@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
-CodecKind = Literal["off", "lossless", "int8", "cachegen"]
-RAW: Final = "raw"
+from kvasir.core.codec import PIECE_BYTES, RAW, Offer
+from kvasir.core.specs.codec import CodecKind
+
 RECOMPUTE: Final = "recompute"
 RESERVE: Final = 1.0  # of the predicted seconds of chunks after the next: the link may get slower
 GAIN_MIN: Final = 0.05  # of raw's predicted seconds: less is within what predictions are off by
-
-
-class Offer(msgspec.Struct, frozen=True, gc=False):
-    """A way to send KV. Rates in bytes of KV a second, infinite for none needed.
-
-    `loss`: a measure of what it changes, 0 for nothing; `ratio`: bytes sent for a byte of KV.
-    """
-
-    name: str
-    loss: float
-    ratio: float = 1.0
-    encode_bytes_s: float = math.inf
-    decode_bytes_s: float = math.inf
+CHUNK_BYTES: Final = 4 * PIECE_BYTES  # and
+CHUNK_S: Final = 0.5  # of a link's time: so much at least is sent on one choice
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -55,6 +45,11 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     seconds: float
     raw_s: float
     why: str
+
+
+def chunk_bytes(link_bytes_s: float) -> int:
+    """How much is sent before the question is asked again."""
+    return max(CHUNK_BYTES, int(link_bytes_s * CHUNK_S))
 
 
 def allowed(offers: Iterable[Offer], kind: CodecKind, level_max: int) -> tuple[Offer, ...]:

@@ -1,5 +1,5 @@
 """Which cached blocks go first when room is needed: on the device by the order of their release, in
-a tier by a rank that each use raises. Knows how blocks were used; no bytes, no keys.
+a tier by a rank that each use raises. Knows how blocks were used, and by whom; no bytes, no keys.
 
 Each rank of a block is at least that of the block after it in a prompt, as whoever uses a block
 uses those before it. So a chain loses its tail first, whatever the rule.
@@ -13,6 +13,7 @@ from typing import Final
 from kvasir.core.ids import BlockId
 from kvasir.kv.pool import EvictView, Victims
 from kvasir.kv.tiers import Rank, RankOf, Use
+from kvasir.policy.quota import furthest_over
 
 
 def lru(view: EvictView, count: int) -> list[BlockId]:
@@ -20,7 +21,22 @@ def lru(view: EvictView, count: int) -> list[BlockId]:
     return list(islice(view.in_order(), count))
 
 
-EVICTS: Final[dict[str, Victims]] = {"lru": lru}
+def fair(view: EvictView, count: int) -> list[BlockId]:
+    """Those released longest ago of the tenant that is furthest over its fair share, one by one."""
+    blocks, found = dict(view.owned()), list[BlockId]()
+    orders = {tenant: view.in_order(tenant) for tenant in blocks}
+    while len(found) < count:
+        tenant = furthest_over(blocks, view.weights)
+        victim = next(orders[tenant], None)
+        if victim is None:
+            del blocks[tenant]
+            continue
+        found.append(victim)
+        blocks[tenant] -= 1
+    return found
+
+
+EVICTS: Final[dict[str, Victims]] = {"lru": lru, "fair": fair}
 
 
 def least_recent(use: Use) -> Rank:

@@ -18,7 +18,7 @@ from kvasir.core.errors import ConfigError
 from kvasir.core.ids import WorkerId
 from kvasir.core.messages import WorkerGone
 from kvasir.core.specs import Deployment
-from kvasir.runtime.plan import UNUSABLE, StartFile
+from kvasir.runtime.plan import LEFT, UNUSABLE, StartFile
 
 RESTARTS_MAX = 5  # in a row, without having lived for STABLE_S
 STABLE_S = 30.0
@@ -28,16 +28,17 @@ STOP_S = 5.0
 
 class Fleet:
     """All workers of a deployment. `on_gone` hears of each death, `on_lost` of one given up, with
-    the fault that no restart can mend, if there is one."""
+    the fault that no restart can mend, if there is one; `on_left` of those that left on purpose."""
 
     def __init__(
         self, deployment: Deployment, run_dir: str, record: Path | None, *,
         on_gone: Callable[[WorkerGone], None], on_lost: Callable[[WorkerId, str], None],
+        on_left: Callable[[WorkerId], None] = lambda worker: None,
     ) -> None:  # fmt: skip
         self._deployment = deployment
         self._json = deployment.model_dump_json()
         self._run_dir, self._record = run_dir, record
-        self._on_gone, self._on_lost = on_gone, on_lost
+        self._on_gone, self._on_lost, self._on_left = on_gone, on_lost, on_left
         self._processes: dict[WorkerId, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -73,6 +74,9 @@ class Fleet:
                 self._on_lost(worker, start.fault.read_text())
                 return
             self._on_gone(WorkerGone(worker, incarnation, _words(status)))
+            if status == LEFT:
+                self._on_left(worker)
+                return
             failures = 0 if loop.time() - began > STABLE_S else failures + 1
             if failures > RESTARTS_MAX:
                 self._on_lost(worker, "")
@@ -106,7 +110,7 @@ class Fleet:
         living = [p for p in self._processes.values() if p.returncode is None]
         for process in living:
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+                process.send_signal(signal.SIGHUP)  # SIGTERM would ask it to leave in good order
         _, late = await asyncio.wait(
             [asyncio.create_task(p.wait()) for p in living], timeout=STOP_S
         ) if living else (set(), set())
@@ -120,6 +124,8 @@ class Fleet:
 
 
 def _words(status: int) -> str:
+    if status == LEFT:
+        return "left"
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"exited with status {status}"

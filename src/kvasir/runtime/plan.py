@@ -19,6 +19,7 @@ from kvasir.core.specs.endpoints import MAIN
 GATEWAY: NodeId = "gateway-0"
 ON_THIS_HOST: Final[Mapping[str, Endpoint]] = MappingProxyType({})
 UNUSABLE = 78  # a worker's exit status: no other process could start either
+LEFT = 79  # a worker's exit status: it was told to leave, and has
 
 
 class StartFile(msgspec.Struct, frozen=True):

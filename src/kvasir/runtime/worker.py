@@ -6,11 +6,13 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import uvloop
 
+from kvasir.core.codec import Offer
 from kvasir.core.errors import KvasirError
 from kvasir.core.ids import CONDUCTOR
 from kvasir.core.messages import Start
@@ -21,7 +23,7 @@ from kvasir.net.topology import Topology
 from kvasir.node.build import worker_config
 from kvasir.node.config import WorkerConfig
 from kvasir.node.worker import Worker
-from kvasir.runtime.plan import UNUSABLE, StartFile, address
+from kvasir.runtime.plan import LEFT, UNUSABLE, StartFile, address
 from kvasir.runtime.runners import make_runner, shelves_of
 from kvasir.transfer.arena import arena_for
 from kvasir.world.journal import Journal
@@ -29,7 +31,7 @@ from kvasir.world.live.host import Bus
 from kvasir.world.live.wire import Wire
 from kvasir.world.live.worker import LiveWorker
 
-ORPHAN_S = 0.5  # how often a worker looks whether its parent lives
+WATCH_S = 0.5  # how often a worker looks whether its parent and its ranks live
 FAILED = 70  # exit status: the process cannot go on; another one may
 
 
@@ -46,7 +48,7 @@ async def _serve(start: StartFile) -> int:
     deployment = start.parsed()
     pool = deployment.pool_of(start.worker)
     arena = arena_for(deployment.transport.kind)
-    runner = make_runner(deployment, pool, arena.take if arena is not None else None)
+    runner = make_runner(deployment, pool, arena)
     config = _config(deployment, pool, start, runner)
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -65,15 +67,18 @@ async def _serve(start: StartFile) -> int:
         Worker(config), runner, bus, deployment.transport, start.run_dir, kv_host=kv_host,
         journal=_journal(start, config, deployment.seed), on_failure=fail, observer=CONDUCTOR,
         shelves=shelves_of(deployment, config, runner.spec), arena=arena,
+        on_quit=lambda: _end(ended, LEFT),
     )  # fmt: skip
     bus.wire = Wire(
         address(start.run_dir, start.worker, endpoints), bus.deliver,
         lambda node: address(start.run_dir, node, endpoints), deployment.limits.message_bytes_max,
     )  # fmt: skip
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, _end, ended)
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(name, _end, ended)
+    loop.add_signal_handler(signal.SIGTERM, _leave, worker, deployment.limits.drain_s, ended)
     worker.host.feed(Start())
-    watch = asyncio.create_task(_watch_parent(ended, os.getppid()))
+    watch = asyncio.create_task(_watch(ended, os.getppid(), runner, fail))
     status = await ended
     watch.cancel()
     worker.close()
@@ -93,7 +98,16 @@ def _config(
     return worker_config(
         deployment, start.worker, start.incarnation, location,
         fingerprint=runner.spec.fingerprint, capacity=capacity,
+        offers=_offers(deployment, runner),
     )  # fmt: skip
+
+
+def _offers(deployment: Deployment, runner: Runner) -> tuple[Offer, ...]:
+    if deployment.transport.codec.kind == "off":
+        return ()  # and nothing of the codec is imported
+    from kvasir.runtime.coding import offers_here
+
+    return offers_here(deployment, runner.spec)
 
 
 def _journal(start: StartFile, config: WorkerConfig, seed: int) -> Journal | None:
@@ -104,15 +118,28 @@ def _journal(start: StartFile, config: WorkerConfig, seed: int) -> Journal | Non
     return Journal(sink, name, "worker", msgspec.to_builtins(config), seed)
 
 
-def _end(ended: asyncio.Future[int]) -> None:
+def _end(ended: asyncio.Future[int], status: int = 0) -> None:
     if not ended.done():
-        ended.set_result(0)
+        ended.set_result(status)
 
 
-async def _watch_parent(ended: asyncio.Future[int], parent: int) -> None:
-    """A worker never outlives the process that started it."""
+def _leave(worker: LiveWorker, within_s: float, ended: asyncio.Future[int]) -> None:
+    """What a supervisor says before it takes a process away; said twice, it does not wait."""
+    if worker.leaving:
+        _end(ended)
+    worker.leave(within_s)
+
+
+async def _watch(
+    ended: asyncio.Future[int], parent: int, runner: Runner, fail: Callable[[BaseException], None]
+) -> None:
+    """A worker never outlives the process that started it, nor those that compute for it."""
     while os.getppid() == parent:
-        await asyncio.sleep(ORPHAN_S)
+        try:
+            runner.check()
+        except KvasirError as error:
+            fail(error)
+        await asyncio.sleep(WATCH_S)
     _end(ended)
 
 

@@ -15,7 +15,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     `hash_ids` name the prompt's blocks in order, one id for a block *and all before it*; the last
     block may be partial. Empty when the trace says nothing about prefixes. The same ids under
-    another `adapter` are other blocks.
+    another `adapter` are other blocks. `tenant`: who asks; none: anybody.
     """
 
     at_s: float
@@ -24,6 +24,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     hash_ids: tuple[int, ...] = ()
     session: str | None = None
     adapter: str | None = None
+    tenant: str | None = None
 
     def keys(self, block_size: int) -> tuple[BlockKey, ...]:
         """Keys of the prompt's full blocks; a partial last block has none."""

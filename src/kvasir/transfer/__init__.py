@@ -15,8 +15,10 @@ from kvasir.transfer.base import (
     WHOLE,
     Key,
     Kind,
+    KvForm,
     OnOver,
     OnReceived,
+    OnSent,
     Receiver,
     ReceiveResult,
     Sender,
@@ -35,9 +37,9 @@ PLAIN: tuple[Kind, ...] = ("shm", "tcp")  # need nothing installed
 ANY_PORT: Final = "127.0.0.1:0"
 
 __all__ = [
-    "ANY_PORT", "KINDS", "PLAIN", "Key", "Kind", "OnOver", "OnReceived", "ReceiveResult",
-    "Receiver", "Sender", "Shard", "Timeline", "Trailer", "able", "make_receiver", "make_sender",
-    "open_media",
+    "ANY_PORT", "KINDS", "PLAIN", "Key", "Kind", "KvForm", "OnOver", "OnReceived", "OnSent",
+    "ReceiveResult", "Receiver", "Sender", "Shard", "Timeline", "Trailer", "able", "make_receiver",
+    "make_sender", "open_media",
 ]  # fmt: skip
 
 
@@ -86,9 +88,12 @@ def make_sender(
     bytes_per_s_max: float | None = None,
     frame_bytes_max: int | None = None,
     shard: Shard = WHOLE,
+    form: KvForm | None = None,
+    on_sent: OnSent | None = None,
 ) -> Sender:
     """The prefill side. `bytes_per_s_max` caps all its transfers together; `frame_bytes_max` is for
-    frames whose bytes travel on a stream. Raises ConfigError for planes that do not fit."""
+    frames whose bytes travel on a stream. With `form` it can code KV. Raises ConfigError for planes
+    that do not fit, or KV that has no coded form."""
     from kvasir.transfer.sender import FRAME_BYTES_MAX, StreamSender
 
     return StreamSender(
@@ -98,17 +103,20 @@ def make_sender(
         bytes_per_s_max=bytes_per_s_max,
         frame_bytes_max=FRAME_BYTES_MAX if frame_bytes_max is None else frame_bytes_max,
         shard=shard,
+        form=form,
+        on_sent=on_sent,
     )
 
 
 def make_receiver(
-    media: Sequence[Medium], planes: Planes, *, on_received: OnReceived, shard: Shard = WHOLE
-) -> Receiver:
-    """The decode side. Raises ConfigError for planes that do not fit, or if it cannot listen (shm:
-    OSError)."""
+    media: Sequence[Medium], planes: Planes, *, on_received: OnReceived, shard: Shard = WHOLE,
+    form: KvForm | None = None,
+) -> Receiver:  # fmt: skip
+    """The decode side. Without `form` it takes nothing that is coded. Raises ConfigError for planes
+    that do not fit, KV that has no coded form, or if it cannot listen (shm: OSError)."""
     from kvasir.transfer.receiver import StreamReceiver
 
-    return StreamReceiver(planes, media, on_received=on_received, shard=shard)
+    return StreamReceiver(planes, media, on_received=on_received, shard=shard, form=form)
 
 
 def _medium(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from kvasir.core.codec import Coded, Sent
 from kvasir.core.ids import BlockId, RequestId
 from kvasir.core.messages import Logprobs, PrefillReport
 
@@ -58,6 +59,13 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
+class KvForm(NamedTuple):
+    """How KV lies in a block of any plane: `block_tokens` after one another, floats of `dtype`."""
+
+    dtype: str
+    block_tokens: int
+
+
 class Trailer(msgspec.Struct, frozen=True, gc=False):
     """The last frame. `tokens`: what prefill sampled, `logprobs` of them where they are asked for.
     The sender fills in blocks, layers, bytes with what it sent, and the receiver compares them with
@@ -83,6 +91,7 @@ class ReceiveResult:
     transport: str
     reason: str = ""
     trailer: Trailer | None = None
+    coded: Coded | None = None
 
     @property
     def by_sender(self) -> bool:
@@ -102,6 +111,7 @@ class Timeline:
 
 OnOver = Callable[[RequestId, int, bool, str], None]  # request_id, attempt, ok, reason
 OnReceived = Callable[[ReceiveResult], None]
+OnSent = Callable[[Sent], None]
 
 
 class Sender(Protocol):
@@ -125,11 +135,17 @@ class Sender(Protocol):
         first_block: int,
         blocks: Sequence[BlockId],
         layers: range | int,
+        coding: str = "",
+        *,
+        tell: bool = False,
     ) -> None:
         """Queue `layers` of logical blocks [first_block, first_block + len(blocks)).
 
         `blocks` are physical ids here. The bytes are read when sent, in the order of the pushes to
         that peer, so they must stay as they are until `on_over`. Ignored once the transfer is over.
+
+        `coding` (`raw`: none) is how they go, where the transport sends bytes on a stream and there
+        would be fewer. With `tell`, `on_sent` hears when this push and those before it have left.
         """
 
     def finish(self, request_id: RequestId, attempt: int, trailer: Trailer) -> None:

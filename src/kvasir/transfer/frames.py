@@ -3,10 +3,11 @@
     header (182 B, little-endian)              payload
     +-------------------------------------+   +-------------------------------+
     | magic version kind | serial         |   | data: blocks, plane by plane  |
+    |                                     |   | coded: the same, in a form    |
     | attempt request id | plane range    |   | placed: the sender's block    |
     | shard | block range                 |   |   ids, or nothing             |
     | payload bytes | checksum of payload |   | trailer, hello: msgpack       |
-    |   (data, placed: of the blocks)     |   | abort, nack: reason, UTF-8    |
+    |   (sum: of the blocks before it)    |   | abort, nack: reason, UTF-8    |
     | checksum of the header itself       |   |                               |
     +-------------------------------------+   +-------------------------------+
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from kvasir.transfer.memory import Ids, Piece
 
 MAGIC: Final = b"KVTR"
-VERSION: Final = 2
+VERSION: Final = 3
 REQUEST_ID_BYTES_MAX: Final = 128
 FRAME_BYTES_LIMIT: Final = 64 * MIB  # the largest data frame that a receiver takes
 TRAILER_BYTES_MAX: Final = 64 * 1024
@@ -64,12 +65,15 @@ class FrameKind(IntEnum):
     NACK = 9
     WELCOME = 10  # answers HELLO where the sender writes into our memory
     GRANT = 11  # answers RESUME, and there BEGIN: where blocks go, and what is here already
+    CODED = 12  # as DATA, but the payload is a chunk of `codec`
+    SUM = 13  # follows each DATA, CODED, PLACED: the checksum of what it carried, taken as it left
 
 
 _PAYLOAD_MAX: Final = {
     FrameKind.HELLO: HELLO_BYTES_MAX,
     FrameKind.BEGIN: 0,
     FrameKind.DATA: FRAME_BYTES_LIMIT,
+    FrameKind.SUM: 0,
     FrameKind.PLACED: IDS_BYTES_MAX,
     FrameKind.TRAILER: TRAILER_BYTES_MAX,
     FrameKind.ABORT: REASON_BYTES_MAX,
@@ -78,6 +82,7 @@ _PAYLOAD_MAX: Final = {
     FrameKind.NACK: REASON_BYTES_MAX,
     FrameKind.WELCOME: HELLO_BYTES_MAX,
     FrameKind.GRANT: GRANT_BYTES_MAX,
+    FrameKind.CODED: FRAME_BYTES_LIMIT,
 }
 
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
+from kvasir.core.codec import RAW, Coded
 from kvasir.core.errors import WireError
 from kvasir.transfer.base import Key, Shard, Trailer
 from kvasir.transfer.frames import (
     FrameKind,
     Grant,
     Header,
-    checksum,
     message,
     reason_payload,
 )
@@ -28,6 +29,7 @@ from kvasir.transfer.memory import Bytes, Ids, Memory, Piece, whole_run
 from kvasir.transfer.stream import FrameReader, send_some
 
 if TYPE_CHECKING:
+    from kvasir.transfer.coder import Coder
     from kvasir.transfer.loop import Timer
     from kvasir.transfer.medium import Medium
 
@@ -49,6 +51,8 @@ class Incoming:
         self.over = False
         self.transport = ""  # the way that its bytes take, once that is known
         self.bytes = 0
+        self.wire_bytes = 0
+        self.forms: set[str] = set()
         self.first_frame_s: float | None = None
         self.timer: Timer | None = None
         self._memory = memory
@@ -71,6 +75,8 @@ class Incoming:
         size = self._size(header)
         if header.kind is FrameKind.DATA and header.payload_bytes != size:
             return f"{header.payload_bytes} bytes where {size} are expected"
+        if header.kind is FrameKind.CODED and not 0 < header.payload_bytes < size:
+            return f"{header.payload_bytes} coded bytes where fewer than {size} are expected"
         if not self._region(header).all():
             return f"{self.describe(header)} came twice"
         return ""
@@ -80,10 +86,20 @@ class Incoming:
         ids = self._ids[at : at + header.blocks]
         return Piece(header.plane, header.planes, header.first_block, ids)
 
-    def note_arrival(self, header: Header) -> None:
+    def note_arrival(self, header: Header, form: str) -> None:
+        size = self._size(header)
         self._region(header)[:] = False
         self._missing_count -= header.planes * header.blocks
-        self.bytes += self._size(header)
+        self.bytes += size
+        self.wire_bytes += size if header.kind is FrameKind.PLACED else header.payload_bytes
+        self.forms.add(form)
+
+    @property
+    def coded(self) -> Coded | None:
+        """How it came, if any of it was coded."""
+        if not self.forms - {RAW}:
+            return None
+        return Coded("+".join(sorted(self.forms)), self.wire_bytes)
 
     def describe(self, header: Header) -> str:
         where = self._memory.place_of(header.plane)
@@ -123,12 +139,31 @@ class Incoming:
 
 class Landing(NamedTuple):
     """A data frame on its way in. `data`: its payload, flat, None when it is placed; `direct`: that
-    is the cache itself."""
+    is the cache itself; `coded`: it is in a form."""
 
     incoming: Incoming
     piece: Piece
     data: Bytes | None
     direct: bool
+    coded: bool = False
+
+
+class Settled(NamedTuple):
+    """The form in which a frame came, or what is wrong with it; `{}`: where."""
+
+    form: str = RAW
+    problem: str = ""
+
+
+WRONG: Final = Settled(problem="checksum of {} does not match")
+
+
+class Arrival(NamedTuple):
+    """A data frame that is here, and the checksum of what is."""
+
+    header: Header
+    landing: Landing
+    found: int
 
 
 class Conn:
@@ -141,17 +176,21 @@ class Conn:
         memory: Memory,
         place: Callable[[Conn, Header], memoryview | None],
         arrived: Callable[[Conn, Header], None],
+        coder: Coder | None = None,
     ) -> None:
         self.sock = sock
         self.medium = medium
         self.inlet = medium.inlet(sock)
         read = self.inlet.recv_into
-        self.reader = FrameReader(read, partial(place, self), partial(arrived, self))
+        self.reader = FrameReader(read, partial(place, self), partial(arrived, self), self._seen)
         self.incoming: set[Incoming] = set()  # bound to this connection and not over
         self.small = bytearray()  # payload of the last small frame
         self.closed = False
         self._memory = memory
+        self._coder = coder
         self._landing: Landing | None = None
+        self._arrival: Arrival | None = None  # its sum is still to come
+        self._state = xxhash.xxh3_64()
         self._staging: Bytes = np.empty(0, np.uint8)
         self._outbox: deque[memoryview] = deque()
         self._refused = (Key("", 0), 0)
@@ -165,31 +204,67 @@ class Conn:
     def land_at(self, incoming: Incoming, header: Header) -> memoryview:
         """The cache itself where it takes the payload in one run, else a buffer."""
         piece = incoming.piece(header)
+        self._arrival = None
+        self._state.reset()
         if header.kind is FrameKind.PLACED:
             self._landing = Landing(incoming, piece, None, False)
             return self.small_payload(header)
-        run = whole_run(piece.ids) if piece.planes == 1 else None
+        coded = header.kind is FrameKind.CODED
+        run = whole_run(piece.ids) if piece.planes == 1 and not coded else None
         if run is not None:
             data = self._memory.span(piece.plane, run)
         else:
             data = self._staged(header.payload_bytes)
-        self._landing = Landing(incoming, piece, data, run is not None)
+        self._landing = Landing(incoming, piece, data, run is not None, coded)
         return data.data
 
-    def take_landing(self) -> Landing | None:
+    def landed(self, header: Header) -> None:
+        """A data frame is here; its sum is still to come. Brings what was placed. Raises WireError
+        for a place that is none."""
         landing, self._landing = self._landing, None
-        return landing
-
-    def settle(self, landing: Landing, wanted: int) -> bool:
-        """Bring what landed into the cache; whether its checksum is the wanted one. Raises
-        WireError for a place that is none."""
+        if landing is None or landing.incoming.closing:
+            return
         if landing.data is None:
-            return self.inlet.bring(self._memory, landing.piece, self.small) == wanted
-        if checksum(landing.data.data) != wanted:
-            return False
-        if not landing.direct:
-            self._memory.scatter(landing.piece, landing.data)
-        return True
+            found = self.inlet.bring(self._memory, landing.piece, self.small)
+        else:
+            found = self._state.intdigest()
+        self._arrival = Arrival(header, landing, found)
+
+    def take_arrival(self, header: Header) -> Arrival | None:
+        """What the sum in `header` is of; None when nothing arrived, or that is over. Raises
+        WireError for a sum of something else."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is None or arrival.landing.incoming.closing:
+            return None
+        if (arrival.header.key, arrival.header.serial) != (header.key, header.serial):
+            raise WireError("a sum of another transfer than the data before it")
+        return arrival
+
+    def settle(self, arrival: Arrival, wanted: int) -> Settled:
+        """Into the cache with it, if its checksum is the wanted one."""
+        landing = arrival.landing
+        if arrival.found != wanted:
+            return WRONG
+        if landing.data is None or landing.direct:
+            return Settled()
+        if landing.coded:
+            return self._settle_coded(landing.piece, landing.data)
+        self._memory.scatter(landing.piece, landing.data)
+        return Settled()
+
+    def _seen(self, part: memoryview) -> None:
+        if self._landing is not None and self._landing.data is not None:
+            self._state.update(part)
+
+    def _settle_coded(self, piece: Piece, data: Bytes) -> Settled:
+        if self._coder is None:
+            return Settled(problem="{} is coded, and there is no codec here")
+        try:
+            form, plain = self._coder.decode(piece, data.data)
+        except WireError as error:
+            return Settled(problem=f"{{}}: {error}")
+        self._memory.scatter(piece, plain)
+        return Settled(form)
 
     def let_go(self, incoming: Incoming, *, bound: bool = False) -> None:
         """Write no more for it: the rest of its frame is drained. `bound`: its end is still to
@@ -199,6 +274,8 @@ class Conn:
         if self._landing is not None and self._landing.incoming is incoming:
             self.reader.discard()
             self._landing = None
+        if self._arrival is not None and self._arrival.landing.incoming is incoming:
+            self._arrival = None
 
     def _staged(self, size: int) -> Bytes:
         if self._staging.size < size:
@@ -227,13 +304,13 @@ class Conn:
         """
         if len(self._outbox) > ANSWERS_MAX:
             raise WireError("the peer does not read its answers")
-        while self._outbox and send_some(self.sock, self._outbox):
+        while self._outbox and send_some(self.sock, self._outbox, []):
             pass
         return not self._outbox
 
     def close(self) -> None:
         self.closed = True
-        self._landing = None
+        self._landing = self._arrival = None
         self._outbox.clear()
         self.sock.close()
         self.inlet.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvasir.core.errors import WireError
-from kvasir.transfer.frames import FrameKind, checksum, checksum_of
+from kvasir.transfer.frames import FrameKind
 from kvasir.transfer.medium import Loaded
 from kvasir.transfer.memory import CACHED_BYTES, Limits
 
@@ -24,6 +24,7 @@ class InlineOutlet:
 
     lends: bool = False
     one_sided: bool = False
+    inline: bool = True
 
     def __init__(self, frame_bytes_max: int) -> None:
         # Planes that travel together are copied once more at the receiver.
@@ -43,9 +44,8 @@ class InlineOutlet:
         if len(spans) > SPANS_MAX:
             staged = self._staged(memory.size(piece.plane, piece.planes, len(piece.ids)))
             memory.gather(piece, staged)
-            return Loaded(FrameKind.DATA, checksum(staged.data), [staged.data])
-        views = [span.data for span in spans]
-        return Loaded(FrameKind.DATA, checksum_of(views), views)
+            return Loaded(FrameKind.DATA, [staged.data])
+        return Loaded(FrameKind.DATA, [span.data for span in spans])
 
     def close(self) -> None:
         self._staging = np.empty(0, np.uint8)

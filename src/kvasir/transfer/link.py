@@ -5,8 +5,11 @@ Knows the order of frames; not when they may be sent, nor what an end means to t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import sys
+import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,10 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import xxhash
 
+from kvasir.core.codec import PIECE_BYTES, RAW
 from kvasir.core.errors import WireError
 from kvasir.transfer.base import Key, Shard, Timeline, Trailer
 from kvasir.transfer.frames import (
+    HEADER_BYTES,
     TRAILER_BYTES_MAX,
     FrameKind,
     Grant,
@@ -29,13 +35,19 @@ from kvasir.transfer.frames import (
     pack,
     reason_payload,
 )
+from kvasir.transfer.medium import Loaded
 from kvasir.transfer.memory import Limits, Piece
 from kvasir.transfer.stream import FrameReader, send_some
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from kvasir.transfer.coder import Coder, Encoded
     from kvasir.transfer.loop import Timer
     from kvasir.transfer.medium import Medium, Outlet
     from kvasir.transfer.memory import Ids, Memory
+
+CODED_AHEAD = 2  # pieces of a connection that are coded and have not left
 
 
 class Push(NamedTuple):
@@ -44,6 +56,8 @@ class Push(NamedTuple):
     first_block: int
     ids: Ids
     layers: range
+    coding: str = ""
+    tell: bool = False  # when it has left
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +83,9 @@ class Outgoing:
     last_frame_s: float | None = None
     over_s: float | None = None
     bytes: int = 0
+    wire_bytes: int = 0
+    wire_told: int = 0  # of these, when a push that has left was told last
+    told: set[int] = field(default_factory=set)  # first blocks of such pushes
     cost: int = 0  # bytes that its pushes weigh
     pushed: list[Push] = field(default_factory=list)
 
@@ -93,10 +110,44 @@ class Outgoing:
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """A push that waits."""
+    """A push that waits. `coded`: pieces that are being coded, or are."""
 
     transfer: Outgoing
+    push: Push
     pieces: deque[Piece]
+    coded: deque[Coding] = field(default_factory=deque)
+
+    @property
+    def empty(self) -> bool:
+        return not self.pieces and not self.coded
+
+
+class Coding(NamedTuple):
+    piece: Piece
+    encoded: Future[Encoded]
+
+
+class Summing:
+    """The checksum of a data frame's blocks, taken while they leave: of inline ones as the socket
+    takes them, when a core's cache has them anyway; of placed ones (`piece`) while the peer reads
+    them."""
+
+    __slots__ = ("_skip", "_state", "piece", "transfer")
+
+    def __init__(self, transfer: Outgoing, piece: Piece | None) -> None:
+        self.transfer, self.piece = transfer, piece
+        self._state, self._skip = xxhash.xxh3_64(), HEADER_BYTES
+
+    def left(self, sent: list[memoryview]) -> None:
+        for view in sent if self.piece is None else ():
+            skipped = min(self._skip, len(view))
+            self._skip -= skipped
+            self._state.update(view[skipped:])
+
+    def frame(self, memory: Memory) -> bytes:
+        found = memory.checksum(self.piece) if self.piece is not None else self._state.intdigest()
+        transfer = self.transfer
+        return pack(Header(FrameKind.SUM, *transfer.key, transfer.serial, checksum=found))
 
 
 @dataclass(eq=False, slots=True)
@@ -122,8 +173,11 @@ class Link:
         slice_bytes: int,
         on_answer: Callable[[Link, Header, str], None],
         on_grant: Callable[[Link, Outgoing], None],
+        coder: Coder | None = None,
+        on_coded: Callable[[Link], None] | None = None,
     ) -> None:
-        """Starts to connect. Raises OSError, WireError."""
+        """Starts to connect. `on_coded`, on any thread: what waited for the coder may leave. Raises
+        OSError, WireError."""
         self.address = address
         self.sock = medium.connect(address)
         try:
@@ -138,13 +192,19 @@ class Link:
         self.transfers: dict[int, Outgoing] = {}  # by serial
         self.connected = False
         self.closed = False
-        self.waiting = False  # for the cap, or for a flight
+        self.waiting = False  # for the cap, for a flight, or for the peer to have it all
+        self.booked = False  # the cap's share of the frame that leaves next is taken
+        self.meter = Meter()
+        self.due: deque[tuple[Outgoing, int]] = deque()  # pushes that have left and are to be told
+        self._coder = coder if self.outlet.inline else None
+        self._on_coded = on_coded
         self._limits = Limits(*(min(slice_bytes, limit) for limit in self.outlet.limits))
         self._memory = memory
         self._shard = shard
         self._on_answer = on_answer
         self._on_grant = on_grant
         self._leaving: Outgoing | None = None  # whose data frame is in the outbox
+        self._summing: Summing | None = None  # of that frame
         self._flight: Callable[[], bool] | None = None  # must be over before the outbox may leave
         self._payload = bytearray()
 
@@ -163,8 +223,15 @@ class Link:
             transfer.grant = NOTHING_THERE
 
     def push(self, transfer: Outgoing, push: Push) -> None:
-        pieces = self._memory.pieces(push.first_block, push.ids, push.layers, self._limits)
-        self.queue.append(Part(transfer, deque(pieces)))
+        if self._codes(push) and self._coder is not None:
+            blocks = self._coder.piece_blocks
+            pieces = self._memory.coded_pieces(*push[:3], blocks, PIECE_BYTES)
+        else:
+            pieces = self._memory.pieces(*push[:3], self._limits)
+        self.queue.append(Part(transfer, push, deque(pieces)))
+
+    def _codes(self, push: Push) -> bool:
+        return self._coder is not None and push.coding not in ("", RAW)
 
     def trail(self, transfer: Outgoing, trailer: Trailer) -> None:
         """Raises WireError when the trailer is too big for a frame."""
@@ -176,6 +243,7 @@ class Link:
         """Let go of the cache memory that waits or leaves for `transfer`; with a reason, tell the
         peer."""
         self.queue = deque(item for item in self.queue if item.transfer is not transfer)
+        self.booked = False
         if self._leaving is transfer and self._flight is None:
             self._detach()
         if reason and transfer.begun and not self.closed:
@@ -190,50 +258,113 @@ class Link:
         """Finish the frame that is half out from a copy, so that the stream stays in step."""
         rest = b"".join(self.outbox)
         self.outbox = deque([memoryview(rest)] if rest else [])
-        self._leaving = None
+        self._leaving = self._summing = None
 
     # --- what leaves ---
 
     def has_next(self) -> bool:
         """Whether something waits that could be loaded now, caps aside."""
+        self._code_ahead()
         if not self.queue:
             return False
         first = self.queue[0]
+        if isinstance(first, Part) and first.coded and not first.coded[0].encoded.done():
+            return False
         return first.transfer.closing or not first.transfer.begun or (
             first.transfer.grant is not None
         )  # fmt: skip
 
+    def _code_ahead(self) -> None:
+        """Have the coder work on what leaves next, and drop what is done with."""
+        if self._coder is None:
+            return
+        room = CODED_AHEAD
+        for item in self.queue:
+            if not isinstance(item, Part) or not self._codes(item.push):
+                continue
+            grant, room = item.transfer.grant, room - len(item.coded)
+            while item.pieces and room > 0 and grant is not None:
+                piece = item.pieces.popleft()
+                if not grant.has(piece):
+                    future = self._coder.submit(piece, item.push.coding, self._coder_done)
+                    item.coded.append(Coding(piece, future))
+                    room -= 1
+            if room <= 0:
+                break
+        while self.queue and isinstance(first := self.queue[0], Part) and first.empty:
+            self._part_left(first)
+
+    def _coder_done(self) -> None:
+        if self._on_coded is not None:
+            self._on_coded(self)
+
+    def _part_left(self, part: Part) -> None:
+        self.queue.popleft()
+        push, told = part.push, part.transfer.told
+        if push.tell and push.first_block not in told:
+            told.add(push.first_block)
+            self.due.append((part.transfer, push.first_block))
+
     def next_is_data(self) -> bool:
         return isinstance(self.queue[0], Part)
 
+    def coded_bytes(self) -> int:
+        """Of the next frame, if it is coded: such a frame leaves whole."""
+        first = self.queue[0]
+        if not isinstance(first, Part) or not first.coded:
+            return 0
+        return len(first.coded[0].encoded.result().data)
+
     def load_next(self) -> int:
-        """Put the next frame into the outbox; returns its payload bytes if it is data."""
+        """Put the next frame into the outbox; returns the bytes that it moves if it is data."""
         assert not self.outbox
-        item = self.queue[0]
+        item, self.booked = self.queue[0], False
         if isinstance(item, Note):
             self.queue.popleft()
             self.outbox.append(memoryview(item.make()))
             return 0
+        count = self._load_coded(item) if item.coded else self._load_next_piece(item)
+        if item.empty:
+            self._part_left(item)
+        return count
+
+    def _load_next_piece(self, item: Part) -> int:
         piece = item.pieces.popleft()
-        if not item.pieces:
-            self.queue.popleft()
         if item.transfer.grant is not None and item.transfer.grant.has(piece):
             return 0
         return self._load_data(item.transfer, piece)
 
+    def _load_coded(self, item: Part) -> int:
+        piece, future = item.coded.popleft()
+        encoded, transfer = future.result(), item.transfer
+        if transfer.grant is not None and transfer.grant.has(piece):
+            return 0
+        kind = FrameKind.DATA if encoded.form == RAW else FrameKind.CODED
+        loaded = Loaded(kind, [encoded.data])
+        self._load(transfer, piece, loaded)
+        return len(encoded.data)
+
     def _load_data(self, transfer: Outgoing, piece: Piece) -> int:
         there = transfer.grant.ids_of(piece) if self.outlet.one_sided and transfer.grant else None
-        loaded = self.outlet.load(self._memory, piece, there)
+        return self._load(transfer, piece, self.outlet.load(self._memory, piece, there))
+
+    def _load(self, transfer: Outgoing, piece: Piece, loaded: Loaded) -> int:
+        """Returns the bytes of KV."""
+        inline_bytes = sum(map(len, loaded.inline))
         header = Header(
             loaded.kind, *transfer.key, transfer.serial, piece.plane, piece.planes, self._shard,
-            piece.first_block, len(piece.ids), sum(map(len, loaded.inline)), loaded.checksum,
+            piece.first_block, len(piece.ids), inline_bytes,
         )  # fmt: skip
         self.outbox.append(memoryview(pack(header)))
         self.outbox.extend(loaded.inline)
         size = self._memory.size(piece.plane, piece.planes, len(piece.ids))
+        moved = size if loaded.kind is FrameKind.PLACED else inline_bytes
         transfer.bytes += size
+        transfer.wire_bytes += moved
+        self.meter.bytes += moved
         transfer.first_frame_s = transfer.first_frame_s or time.monotonic()
         self._leaving, self._flight = transfer, loaded.flight
+        self._summing = Summing(transfer, piece if loaded.kind is FrameKind.PLACED else None)
         return size
 
     def in_flight(self) -> bool:
@@ -246,12 +377,15 @@ class Link:
 
     def flush(self) -> bool:
         """Send from the outbox; False when the socket takes no more. Raises OSError."""
-        sent = send_some(self.sock, self.outbox)
-        transfer = self._leaving
-        if transfer is not None and sent:
-            transfer.last_frame_s = time.monotonic()
-            if not self.outbox:
-                self._leaving = None
+        sent = list[memoryview]()
+        while self.outbox and send_some(self.sock, self.outbox, sent):
+            if self._summing is not None:
+                self._summing.left(sent)
+                self._summing.transfer.last_frame_s = time.monotonic()
+                if not self.outbox:
+                    self.outbox.append(memoryview(self._summing.frame(self._memory)))
+                    self._leaving = self._summing = None
+            sent.clear()
         return not self.outbox
 
     def _begin_frame(self, transfer: Outgoing, frame: bytes) -> bytes:
@@ -276,7 +410,7 @@ class Link:
     def close(self) -> None:
         self.closed = True
         self.outbox.clear()
-        self._leaving = self._flight = None
+        self._leaving = self._summing = self._flight = None
         self.sock.close()
         self.outlet.close()
 
@@ -309,9 +443,46 @@ class Link:
     def check(self) -> None:
         """Whatever waits or leaves belongs to a transfer that is not over (aborts aside)."""
         for item in self.queue:
-            assert isinstance(item, Note) or (item.pieces and not item.transfer.over)
+            assert isinstance(item, Note) or not item.transfer.over
+            assert isinstance(item, Note) or not item.empty or self._codes(item.push)
         assert self._leaving is None or not self._leaving.over
         assert all(t.link is self and not t.over for t in self.transfers.values())
+
+
+class Meter:
+    """What a connection carried, and for how long it had something to carry."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def begin(self, now: float) -> None:
+        self._since = now if self._since is None else self._since
+
+    def end(self, now: float) -> None:
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + now - self._since, None
+
+    @property
+    def running(self) -> bool:
+        return self._since is not None
+
+    def read(self, now: float, waits: int) -> tuple[int, float]:
+        """Bytes, less those that still wait on this side, and seconds since the last time."""
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + now - self._since, now
+        found = max(0, self.bytes - waits), self._seconds
+        self.bytes, self._seconds = min(waits, self.bytes), 0.0
+        return found
+
+
+def unsent(sock: socket.socket) -> int:
+    """Bytes that the peer's system has not acknowledged; 0 where that cannot be known."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 ANSWERS = {FrameKind.ACK, FrameKind.NACK, FrameKind.WELCOME, FrameKind.GRANT}

@@ -22,7 +22,6 @@ class Loaded(NamedTuple):
     OSError when they will never be)."""
 
     kind: FrameKind
-    checksum: int
     inline: list[memoryview]
     flight: Callable[[], bool] | None = None
 
@@ -48,6 +47,10 @@ class Outlet(Protocol):
     def one_sided(self) -> bool:
         """Whether it writes into the peer's memory, and so has to be granted a place first."""
 
+    @property
+    def inline(self) -> bool:
+        """Whether blocks travel in the frames, so that fewer bytes of them are sooner there."""
+
     def greet(self, sock: socket.socket) -> None:
         """Say what must be said first on a new connection. Raises OSError."""
 
@@ -55,7 +58,7 @@ class Outlet(Protocol):
         """The peer's answer to the greeting. Raises WireError if it is not acceptable."""
 
     def load(self, memory: Memory, piece: Piece, there: Ids | None) -> Loaded:
-        """Take a piece and its checksum from the cache; `there`: the peer's block ids if it is
+        """Take a piece from the cache; `there`: the peer's block ids if it is
         one-sided. The views in `inline` may lie in cache memory; they are valid until the next
         `load`. Raises OSError, WireError."""
 

@@ -34,6 +34,11 @@ class Run(NamedTuple):
     end: int
 
 
+class Slot(NamedTuple):
+    layer: int
+    plane: int  # of that layer
+
+
 class Piece(NamedTuple):
     """What one data frame carries: of `planes` planes from `plane` on, the logical blocks
     [first_block, first_block + len(ids)), plane after plane."""
@@ -77,10 +82,14 @@ class Memory:
     def block_bytes(self, plane: int) -> int:
         return int(self.planes[plane].shape[1])
 
+    def slot_of(self, plane: int) -> Slot:
+        layer = sum(first <= plane for first in self._firsts[1:])
+        return Slot(layer, plane - self._firsts[min(layer, self.layers - 1)])
+
     def place_of(self, plane: int) -> str:
         """A plane in words."""
-        layer = sum(first <= plane for first in self._firsts[1:])
-        return f"layer {layer} plane {plane - self._firsts[min(layer, self.layers - 1)]}"
+        slot = self.slot_of(plane)
+        return f"layer {slot.layer} plane {slot.plane}"
 
     def size(self, plane: int, planes: int, blocks: int) -> int:
         """Bytes of a piece of that shape, which must lie in the planes."""
@@ -179,6 +188,24 @@ class Memory:
                 yield Piece(at, together, first_block + first, ids[first:end])
                 first, frame_bytes = end, min(2 * frame_bytes, limits.frame)
             at += together
+
+    def coded_pieces(
+        self, first_block: int, ids: Ids, layers: range, blocks: int, nbytes: int
+    ) -> Iterator[Piece]:
+        """Cut a push into what is coded together: runs of `blocks` blocks, of as many whole planes
+        as are within `nbytes`, at least one."""
+        planes = self.planes_of(layers)
+        for first in range(0, len(ids), blocks):
+            run, at = ids[first : first + blocks], planes.start
+            while at < planes.stop:
+                together = 1
+                while (
+                    at + together < planes.stop
+                    and self.size(at, together + 1, len(run)) <= nbytes
+                ):
+                    together += 1
+                yield Piece(at, together, first_block + first, run)
+                at += together
 
     def _parts(self, piece: Piece, flat: Bytes) -> Iterator[tuple[int, Bytes]]:
         at = 0

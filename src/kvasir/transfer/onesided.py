@@ -72,6 +72,7 @@ class OneSidedOutlet:
     limits = LIMITS
     lends: bool = True
     one_sided: bool = True
+    inline: bool = False
 
     def __init__(self, mover: Mover) -> None:
         self._mover = mover
@@ -91,7 +92,7 @@ class OneSidedOutlet:
         if there is None or not self._peer:
             raise WireError("the peer granted no place")
         flight = self._mover.write(self._peer, self._moves(memory, piece, there))
-        return Loaded(FrameKind.PLACED, memory.checksum(piece), [], flight)
+        return Loaded(FrameKind.PLACED, [], flight)
 
     def close(self) -> None: ...
 

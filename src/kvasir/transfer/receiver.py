@@ -22,12 +22,13 @@ from kvasir.transfer.frames import FrameKind, Header, checksum, decode, encode
 from kvasir.transfer.inbound import Conn, Incoming
 from kvasir.transfer.loop import READ, WRITE, Loop
 from kvasir.transfer.memory import Memory
+from kvasir.transfer.sender import coder_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvasir.core.ids import BlockId, RequestId
-    from kvasir.transfer.base import Planes
+    from kvasir.transfer.base import KvForm, Planes
     from kvasir.transfer.medium import Listening, Medium
 
 CONNECTIONS_MAX: Final = 1024
@@ -37,6 +38,8 @@ ENDED_MAX: Final = 1024
 RESUME_S: Final = 2.5  # for a peer whose connection broke; it tries for less
 QUIET_S: Final = 1.0  # after which nothing of a dead peer is on its way into this memory
 ANSWER_WAIT_S: Final = 2.0  # for a peer to stop writing; then its connection ends
+
+DATA: Final = frozenset({FrameKind.DATA, FrameKind.PLACED, FrameKind.CODED})
 
 log = logging.getLogger("kvasir.transfer")
 
@@ -91,8 +94,10 @@ class StreamReceiver:
         *,
         on_received: OnReceived,
         shard: Shard = WHOLE,
+        form: KvForm | None = None,
     ) -> None:
         self._memory = Memory(planes)
+        self._coder = coder_for(self._memory, form)
         self._on_received = on_received
         self._shard = shard
         self._lock = threading.Lock()  # guards the membership of _expected
@@ -142,6 +147,8 @@ class StreamReceiver:
 
     def close(self) -> None:
         self._loop.close()
+        if self._coder is not None:
+            self._coder.close()
 
     def check(self) -> None:
         """Assert the invariants, on the thread."""
@@ -198,6 +205,7 @@ class StreamReceiver:
             transport=incoming.transport,
             reason=reason,
             trailer=trailer,
+            coded=incoming.coded,
         )
         if conn is not None:
             self._flush(conn)
@@ -262,7 +270,7 @@ class StreamReceiver:
 
     def _place(self, conn: Conn, header: Header) -> memoryview | None:
         """Where the inline payload of a frame goes. Raises WireError."""
-        if header.kind not in {FrameKind.DATA, FrameKind.PLACED}:
+        if header.kind not in DATA:
             return conn.small_payload(header)
         incoming = self._expected_on(conn, header)
         if incoming is None:
@@ -279,8 +287,10 @@ class StreamReceiver:
     def _arrived(self, conn: Conn, header: Header) -> None:
         """A whole frame is here. Raises WireError."""
         match header.kind:
-            case FrameKind.DATA | FrameKind.PLACED:
-                self._landed(conn, header)
+            case FrameKind.DATA | FrameKind.PLACED | FrameKind.CODED:
+                conn.landed(header)
+            case FrameKind.SUM:
+                self._summed(conn, header)
             case FrameKind.HELLO:
                 if welcome := conn.inlet.hello(conn.small):
                     conn.say(FrameKind.WELCOME, *_named(header), welcome)
@@ -295,15 +305,16 @@ class StreamReceiver:
             case _:
                 raise WireError(f"{header.kind.name} sent to a receiver")
 
-    def _landed(self, conn: Conn, header: Header) -> None:
-        landing = conn.take_landing()
-        if landing is None or landing.incoming.closing:
+    def _summed(self, conn: Conn, header: Header) -> None:
+        arrival = conn.take_arrival(header)
+        if arrival is None:
             return
-        incoming = landing.incoming
-        if conn.settle(landing, header.checksum):
-            incoming.note_arrival(header)
+        incoming = arrival.landing.incoming
+        form, problem = conn.settle(arrival, header.checksum)
+        if problem:
+            self._end(incoming, problem.format(incoming.describe(arrival.header)))
         else:
-            self._end(incoming, f"checksum of {incoming.describe(header)} does not match")
+            incoming.note_arrival(arrival.header, form)
 
     def _trailer(self, conn: Conn, header: Header) -> None:
         incoming = self._expected_on(conn, header)
@@ -342,7 +353,7 @@ class StreamReceiver:
         except OSError:  # gone already
             sock.close()
             return
-        conn = Conn(sock, door.medium, self._memory, self._place, self._arrived)
+        conn = Conn(sock, door.medium, self._memory, self._place, self._arrived, self._coder)
         self._conns.add(conn)
         self._loop.watch(sock, READ, partial(self._on_ready, conn))
 

@@ -13,11 +13,12 @@ from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from kvasir.core.codec import Sent
 from kvasir.core.errors import ConfigError, TransferError, WireError
 from kvasir.core.units import MIB
-from kvasir.transfer.base import WHOLE, Key, OnOver, Shard, Timeline, Trailer
+from kvasir.transfer.base import WHOLE, Key, OnOver, OnSent, Shard, Timeline, Trailer
 from kvasir.transfer.frames import FRAME_BYTES_LIMIT, Header
-from kvasir.transfer.link import Link, Outgoing, Push
+from kvasir.transfer.link import Link, Outgoing, Push, unsent
 from kvasir.transfer.loop import READ, WRITE, Loop
 from kvasir.transfer.memory import Memory
 from kvasir.transfer.pace import Pace
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvasir.core.ids import BlockId, RequestId
-    from kvasir.transfer.base import Planes
+    from kvasir.transfer.base import KvForm, Planes
+    from kvasir.transfer.coder import Coder
     from kvasir.transfer.medium import Medium
 
 FRAME_BYTES_MAX: Final = 1 * MIB
@@ -37,10 +39,20 @@ TURN_BYTES: Final = 4 * MIB  # what one connection may send before others get a 
 RESUME_S: Final = 2.0  # without a connection; the receiver waits a little longer
 RESUME_PAUSE_S: Final = 0.05
 POLL_S: Final = 0.0005
+DRAIN_S: Final = 0.002
 ANSWER_WAIT_S: Final = 2.0  # a peer that hangs: what it reads later has a wrong checksum
 PART_BYTES: Final = 256  # what a queued push weighs besides its block ids
 
 log = logging.getLogger("kvasir.transfer")
+
+
+def coder_for(memory: Memory, form: KvForm | None) -> Coder | None:
+    """The codec is imported where it is used. Raises ConfigError for KV that has no coded form."""
+    if form is None:
+        return None
+    from kvasir.transfer.coder import Coder
+
+    return Coder(memory, form)
 
 
 class StreamSender:
@@ -61,8 +73,12 @@ class StreamSender:
         frame_bytes_max: int = FRAME_BYTES_MAX,
         queue_bytes_max: int = QUEUE_BYTES_MAX,
         shard: Shard = WHOLE,
+        form: KvForm | None = None,
+        on_sent: OnSent | None = None,
     ) -> None:
         self._memory = Memory(planes)
+        self._coder = coder_for(self._memory, form)
+        self._on_sent = on_sent
         self._media: dict[str, Medium] = {medium.kind: medium for medium in media}
         self._on_over = on_over
         self._shard = shard
@@ -101,6 +117,9 @@ class StreamSender:
         first_block: int,
         blocks: Sequence[BlockId],
         layers: range | int,
+        coding: str = "",
+        *,
+        tell: bool = False,
     ) -> None:
         assert first_block >= 0
         ids = self._memory.ids(blocks)
@@ -112,6 +131,7 @@ class StreamSender:
             if transfer is None or not ids.size or not span:
                 return
             assert not transfer.finished, f"{transfer.key}: push after finish"
+            push = Push(first_block, ids, span, coding, tell)
             full = self._queue_bytes + cost > self._queue_bytes_max
             if not full:
                 self._queue_bytes += cost
@@ -119,7 +139,7 @@ class StreamSender:
         if full:
             self._loop.call(partial(self._end, transfer, False, "queue full"))
         else:
-            self._loop.call(partial(self._enqueue, transfer, Push(first_block, ids, span)))
+            self._loop.call(partial(self._enqueue, transfer, push))
 
     def finish(self, request_id: RequestId, attempt: int, trailer: Trailer) -> None:
         with self._lock:
@@ -144,6 +164,8 @@ class StreamSender:
 
     def close(self) -> None:
         self._loop.close()
+        if self._coder is not None:
+            self._coder.close()
 
     def check(self) -> None:
         """Assert the invariants, on the thread."""
@@ -241,6 +263,7 @@ class StreamSender:
                 address, medium, self._memory, self._shard,
                 frame_bytes_max=self._frame_bytes, slice_bytes=self._pace.slice_bytes(),
                 on_answer=self._on_answer, on_grant=self._on_grant,
+                coder=self._coder, on_coded=self._on_coded,
             )  # fmt: skip
             self._links[address] = link
             self._loop.watch(link.sock, READ | WRITE, partial(self._on_ready, link))
@@ -273,14 +296,16 @@ class StreamSender:
         while budget > 0:
             if not link.outbox:
                 if not link.has_next():
+                    self._drained(link)
                     return False
+                self._tell_sent(link)
                 if link.next_is_data():
-                    wait_until_s = self._pace.wait_until_s(time.monotonic())
+                    wait_until_s = self._paced(link, time.monotonic())
                     if wait_until_s is not None:
                         self._wait(link, wait_until_s)
                         return False
-                loaded = link.load_next()
-                self._pace.spend(time.monotonic(), loaded)
+                booked, loaded = link.booked, link.load_next()
+                self._pace.spend(time.monotonic(), 0 if booked else loaded)
                 budget -= loaded
             if link.in_flight():
                 self._wait(link, time.monotonic() + POLL_S)
@@ -288,6 +313,40 @@ class StreamSender:
             if not link.flush():
                 return True
         return True
+
+    def _paced(self, link: Link, now: float) -> float | None:
+        """When the next data frame may leave; None for now. One that is coded leaves whole, at the
+        end of the time that it takes under the cap."""
+        if self._coder is not None:
+            link.meter.begin(now)
+            coded = 0 if link.booked else link.coded_bytes()
+            if coded:
+                self._pace.spend(now, coded)
+                link.booked = True
+        return self._pace.wait_until_s(now)
+
+    def _drained(self, link: Link) -> None:
+        """Nothing waits here. What the peer's system has not got yet, the link still carries."""
+        if not link.due and not link.meter.running:
+            return
+        if unsent(link.sock):
+            self._wait(link, time.monotonic() + DRAIN_S)
+            return
+        link.meter.end(time.monotonic())
+        self._tell_sent(link)
+
+    def _tell_sent(self, link: Link) -> None:
+        while link.due:
+            transfer, first_block = link.due.popleft()
+            if transfer.over or self._on_sent is None:
+                continue
+            left, transfer.wire_told = transfer.wire_bytes - transfer.wire_told, transfer.wire_bytes
+            measured = link.meter.read(time.monotonic(), unsent(link.sock))
+            self._on_sent(Sent(*transfer.key, first_block, left, *measured))
+
+    def _on_coded(self, link: Link) -> None:
+        """On the coder's thread."""
+        self._loop.call(partial(self._pump, link))
 
     def _wait(self, link: Link, until_s: float) -> None:
         if not link.waiting:

@@ -44,6 +44,7 @@ class MappedOutlet:
     limits = LIMITS
     lends: bool = True
     one_sided: bool = False
+    inline: bool = False
 
     def __init__(self, arena: Arena, planes: tuple[PlaneAt, ...]) -> None:
         self._arena, self._planes = arena, planes
@@ -60,7 +61,7 @@ class MappedOutlet:
     def load(self, memory: Memory, piece: Piece, there: Ids | None) -> Loaded:
         _ = there  # the peer knows
         ids = piece.ids.astype("<u4")
-        return Loaded(FrameKind.PLACED, memory.checksum(piece), [memoryview(ids.tobytes())])
+        return Loaded(FrameKind.PLACED, [memoryview(ids.tobytes())])
 
     def close(self) -> None: ...
 

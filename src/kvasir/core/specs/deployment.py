@@ -11,12 +11,15 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from kvasir.core.errors import ConfigError, nearest
 from kvasir.core.specs.base import Spec, wrong
+from kvasir.core.specs.codec import CodecSpec
+from kvasir.core.specs.copies import CopiesSpec
 from kvasir.core.specs.endpoints import Endpoint, check_endpoints
 from kvasir.core.specs.faults import FaultSpec
 from kvasir.core.specs.hardware import HARDWARE, HardwareSpec
 from kvasir.core.specs.model import ModelShape
 from kvasir.core.specs.slo import SloSpec
 from kvasir.core.specs.speculate import SpeculateSpec
+from kvasir.core.specs.tenants import CachesSpec, TenantSpec, check_tenants
 from kvasir.core.specs.tiers import TiersSpec
 from kvasir.core.specs.topology import TopologySpec
 from kvasir.core.specs.workload import WorkloadSpec
@@ -55,6 +58,15 @@ class ModelSpec(Spec):
     adapters_folder: str | None = None
     allow_runtime_adapters: bool = False
     speculate: SpeculateSpec | None = None
+
+    @property
+    def kv_name(self) -> str:
+        """Whose KV it is and in what form, as block keys are salted with it: name and version, and
+        what is not the default of what changes its values."""
+        form = ("dtype", "auto"), ("weights", "plain"), ("kv", None)
+        other = [f"/{name}={getattr(self, name)}" for name, usual in form
+                 if getattr(self, name) != usual]  # fmt: skip
+        return f"{self.name}@{self.version}{''.join(other)}"
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> ModelSpec:
@@ -275,6 +287,7 @@ class PolicySpec(Spec):
     batch: BatchSpec = BatchSpec()
     admit: str = "bounded"
     evict: str = "lru"
+    copies: CopiesSpec = CopiesSpec()
 
 
 class TransportSpec(Spec):
@@ -287,6 +300,9 @@ class TransportSpec(Spec):
     too, and only when the decode side asks under DistServe's rule; it needs `decode_choice:
     prefill_end`. A prompt of less than `serial_tokens` is sent serially in any mode (Splitwise: 512
     on H100), as a copy per layer costs more than it hides. See `policy/handover.py`.
+
+    `codec`: fewer bytes on slow links. It needs a `kind` whose bytes travel on a stream: `tcp`, or
+    `auto`, which then leaves alone what goes another way.
     """
 
     kind: TransportKind = "shm"
@@ -294,14 +310,22 @@ class TransportSpec(Spec):
     serial_tokens: int = Field(default=0, ge=0)
     bytes_per_s_max: float | None = Field(default=None, gt=0)
     frame_bytes_max: int = Field(default=4 * 1024 * 1024, gt=0)
+    codec: CodecSpec = CodecSpec()
+
+    @model_validator(mode="after")
+    def _codes_streams(self) -> TransportSpec:
+        if self.codec.kind != "off" and self.kind not in ("tcp", "auto"):
+            raise wrong(f"{self.kind} sends KV as it is: a codec needs kind tcp or auto", "kind")
+        return self
 
 
 class LimitsSpec(Spec):
     """Every queue, wait and retry has its bound here. Seconds unless the name says otherwise.
 
     `index_blocks_max`: distinct blocks in the prefix index, about 130 bytes each; it knows nothing
-    of those beyond. `guess_ttl_s`: how long a prompt is taken to be cached where it was sent, of
-    workers that send no KV events.
+    of those beyond. `drain_s`: how long a worker that gets SIGTERM may take to leave; what runs
+    there then goes on elsewhere. `guess_ttl_s`: how long a prompt is taken to be cached where it
+    was sent, of workers that send no KV events.
     """
 
     queue_max: int = Field(default=4096, gt=0)
@@ -316,6 +340,7 @@ class LimitsSpec(Spec):
     queue_wait_s: float = Field(default=600.0, gt=0)
     index_blocks_max: int = Field(default=1 << 24, gt=0)
     guess_ttl_s: float = Field(default=120.0, gt=0)
+    drain_s: float = Field(default=30.0, gt=0)
     body_bytes_max: int = Field(default=8 * 1024 * 1024, gt=0)
     message_bytes_max: int = Field(default=64 * 1024 * 1024, gt=0)
 
@@ -335,6 +360,7 @@ class Deployment(Spec):
     """One file for everything. Validated whole before anything starts, then frozen.
 
     `endpoints`, by worker or `main`: where processes are that do not all stand on one host.
+    `tenants`: who may ask, by API key; none: anybody may, as one tenant.
     """
 
     name: str = "deployment"
@@ -348,6 +374,8 @@ class Deployment(Spec):
     limits: LimitsSpec = LimitsSpec()
     host: HostSpec = HostSpec()
     workload: WorkloadSpec = WorkloadSpec()
+    caches: CachesSpec = CachesSpec()
+    tenants: tuple[TenantSpec, ...] = ()
     faults: FaultSpec | None = None
     endpoints: dict[str, Endpoint] = Field(default_factory=dict)
     engine: Literal["torch", "fake"] = "torch"
@@ -370,6 +398,7 @@ class Deployment(Spec):
         if self.transport.mode == "pull" and self.policy.route.decode_choice != "prefill_end":
             what = "pull chooses the decode worker after prefill: needs decode_choice: prefill_end"
             raise wrong(what, "transport", "mode")
+        check_tenants(self.tenants)
         check_endpoints(self.endpoints, self.worker_ids(), self.transport.kind)
         return self
 

@@ -58,6 +58,14 @@ class Outage(Spec):
         return self
 
 
+class Departure(Spec):
+    """At `at_s` a `worker` is told to leave within `within_s`, and does not come back."""
+
+    worker: str
+    at_s: float = Field(ge=0)
+    within_s: float = Field(default=30.0, gt=0)
+
+
 class CrossTraffic(Spec):
     """Others' flows from each of `sources` to `target`, each of at most `bandwidth` bytes a second.
 
@@ -95,7 +103,7 @@ class FaultSpec(Spec):
     loads are late by `kv_event_lag_s` and `load_lag_s` beside that. `deaths` of random workers
     before `until_s`, each for `down_s` on average. A client leaves with probability `cancel` within
     `cancel_s_max`. `until_s`: none of these after it (None: no end), so that a run can come to
-    rest; `outages`, `links` and `traffic` have times of their own.
+    rest; `outages`, `departures`, `links` and `traffic` have times of their own.
     """
 
     loss: float = Field(default=0.0, ge=0, lt=1)
@@ -108,6 +116,7 @@ class FaultSpec(Spec):
     cancel_s_max: float = Field(default=2.0, ge=0)
     until_s: float | None = Field(default=None, ge=0)
     outages: tuple[Outage, ...] = ()
+    departures: tuple[Departure, ...] = ()
     links: tuple[LinkFault, ...] = ()
     traffic: tuple[CrossTraffic, ...] = ()
 

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from kvasir.core.errors import ConfigError, nearest
 from kvasir.core.specs.base import Spec
+from kvasir.core.specs.copies import CopiesSpec
 from kvasir.core.specs.deployment import (
     Deployment,
     MeasuredCost,
@@ -27,6 +28,7 @@ from kvasir.core.specs.deployment import (
 )  # fmt: skip
 from kvasir.core.specs.faults import CrossTraffic
 from kvasir.core.specs.model import ModelShape
+from kvasir.core.specs.workload import WorkloadSpec
 from kvasir.core.units import parse_bytes, parse_rate, parse_seconds
 
 TEXT_CHARS_MAX: Final = 1024 * 1024
@@ -36,7 +38,10 @@ DEPTH_MAX: Final = 24
 Path = tuple[str | int, ...]
 
 _BOOLEANS: Final = {
-    k for spec in (ModelShape, ModelSpec, MeasuredCost, PoolSpec, RouteSpec, CrossTraffic)
+    k for spec in (
+        ModelShape, ModelSpec, MeasuredCost, PoolSpec, RouteSpec, CopiesSpec, CrossTraffic,
+        WorkloadSpec,
+    )
     for k, f in spec.model_fields.items() if f.annotation is bool
 }  # fmt: skip
 _NAMED: Final = (("adapters",),)  # keys under these are anybody's names, and say no unit

@@ -32,6 +32,9 @@ class WorkloadSpec(Spec):
     `think_s` apart on average; each turn's prompt is all before it and new tokens as `input` says,
     and a session ends before a prompt exceeds `context_max`. With `adapters` each request, or
     session, is under one of so many LoRA adapters, all as likely; they share no prefix.
+
+    `name_answers`: simulated workers have the blocks of answers in their caches too, as live ones
+    do, where the session's next turn tells how they are named.
     """
 
     trace: str | None = None
@@ -50,5 +53,6 @@ class WorkloadSpec(Spec):
     prefix_groups: int = Field(default=8, gt=0)
     prefix_tokens: int = Field(default=1024, ge=0)
     adapters: int = Field(default=0, ge=0)
+    name_answers: bool = False
     time_scale: float = Field(default=1.0, gt=0)
     limit: int | None = Field(default=None, gt=0)

@@ -25,6 +25,7 @@ class Stream(NamedTuple):
     attempt: int
     first_block: int
     blocks: tuple[int, ...]
+    codec: str = ""
 
 
 Push = Callable[[Stream, int], None]

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvasir.core.effects import Restore, Store
+from kvasir.core.effects import Ask, Reopen, Restore, Store
 from kvasir.core.ids import BlockKey, RequestId
 from kvasir.core.message import Tier
-from kvasir.core.tiers import Moved, Restored, Stored, TierGone, TierReady
+from kvasir.core.tiers import Held, Moved, Restored, Stored, TierGone, TierReady
 from kvasir.store.base import Shelves, StoreError
+from kvasir.store.cluster import ClusterShelves
 
 if TYPE_CHECKING:
     from kvasir.engine.base import Plane
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES: Final = 4 * 1024 * 1024  # copied in one go; between two of them a load may be given up
 FOUND_KEYS: Final = 4096  # told in one message
 
-Answer = TierReady | TierGone | Stored | Restored
+Answer = TierReady | TierGone | Stored | Held | Restored
 Tell = Callable[[Answer], None]
 Fail = Callable[[BaseException], None]
 Open = Callable[[], Shelves]
@@ -106,6 +107,22 @@ class TierThread:
             self._shelves = None
         self._tell(TierGone(self.tier, error.what))
 
+    def reopen(self) -> None:
+        """On this thread."""
+        if self._shelves is None:
+            self._start()
+
+    def ask(self, effect: Ask, asked_at: float) -> None:
+        """On this thread."""
+        count = 0
+        try:
+            if isinstance(self._shelves, ClusterShelves):
+                count = self._shelves.held(effect.keys)
+        except StoreError as error:
+            self._fail(error)
+        seconds = time.monotonic() - asked_at
+        self._tell(Held(effect.request_id, effect.attempt, self.tier, count, seconds))
+
     def store(self, effect: Store) -> None:
         """On this thread."""
         began, count, size = time.monotonic(), 0, self._blocks.chunk
@@ -166,6 +183,14 @@ class LiveTiers:
     def store(self, effect: Store) -> None:
         thread = self._threads[effect.tier]
         thread.do(lambda: thread.store(effect))
+
+    def ask(self, effect: Ask) -> None:
+        thread, now = self._threads[effect.tier], time.monotonic()
+        thread.do(lambda: thread.ask(effect, now))
+
+    def reopen(self, effect: Reopen) -> None:
+        thread = self._threads[effect.tier]
+        thread.do(thread.reopen)
 
     def restore(self, effect: Restore) -> None:
         with self._lock:

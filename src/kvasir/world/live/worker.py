@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from kvasir.core import effects as fx
-from kvasir.core.errors import ModelError
+from kvasir.core.codec import Sent
+from kvasir.core.copies import Leave
+from kvasir.core.errors import ConfigError, ModelError
 from kvasir.core.events import AnyEvent
-from kvasir.core.ids import NodeId, RequestId, WorkerId
+from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
 from kvasir.core.message import Tier
 from kvasir.core.messages import (
     AnyMessage,
@@ -34,10 +36,11 @@ from kvasir.core.messages import (
 )  # fmt: skip
 from kvasir.core.request import Adapter
 from kvasir.core.specs import TransportSpec
-from kvasir.engine.base import Runner, Sampled
+from kvasir.engine.base import Runner, RunnerSpec, Sampled
 from kvasir.node.worker import Worker
 from kvasir.transfer import (
     ANY_PORT,
+    KvForm,
     Receiver,
     ReceiveResult,
     Trailer,
@@ -56,8 +59,8 @@ if TYPE_CHECKING:
 
 Key = tuple[RequestId, int]
 PERFORMS = (
-    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Store, fx.Restore, fx.Release, fx.Timer,
-    fx.Note,
+    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Store, fx.Ask, fx.Reopen, fx.Restore,
+    fx.Release, fx.Quit, fx.Timer, fx.Note,
 )  # fmt: skip
 NO_TIERS: Final[Mapping[Tier, Open]] = MappingProxyType({})
 
@@ -81,12 +84,14 @@ class LiveWorker:
         *, journal: Journal | None, on_failure: Callable[[BaseException], None],
         observer: NodeId | None = None, kv_host: str = "",
         shelves: Mapping[Tier, Open] = NO_TIERS, arena: Arena | None = None,
+        on_quit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """`kv_host`: where KV comes in over TCP, loopback unless given. `shelves`: how to open each
         tier. `arena`: where the runner's cache stands, if peers may map it. Raises ConfigError when
         `kv_host` is no address of this host."""
         fx.require("the live worker", PERFORMS, ())
         self.id: WorkerId = node.config.worker
+        self.leaving = False
         self.runner = runner
         self._bus = bus
         self._observer = observer
@@ -101,11 +106,14 @@ class LiveWorker:
             transport.kind, planes, run_dir=run_dir, bind=_any_port(kv_host), arena=arena
         )
         self._ways = Ways(self.id, [medium.kind for medium in media])
+        form = kv_form(runner.spec) if node.config.codec is not None else None
         self.sender = make_sender(
-            media, planes, on_over=self._on_over,
+            media, planes, on_over=self._on_over, form=form, on_sent=self._on_sent,
             bytes_per_s_max=transport.bytes_per_s_max, frame_bytes_max=transport.frame_bytes_max,
         )  # fmt: skip
-        self.receiver: Receiver = make_receiver(media, planes, on_received=self._on_received)
+        self.receiver: Receiver = make_receiver(
+            media, planes, on_received=self._on_received, form=form
+        )
         self._loads = ThreadPoolExecutor(1, "adapters")
         self.engine = EngineThread(
             runner, self._loop, push=self._push_layer, on_tokens=self._tokens,
@@ -119,17 +127,25 @@ class LiveWorker:
             perform={
                 fx.Tell: self._tell, fx.Step: self._step, fx.Cut: self._cut, fx.Send: self._send,
                 fx.Fetch: self._fetch, fx.Store: self.tiers.store, fx.Restore: self.tiers.restore,
+                fx.Ask: self.tiers.ask, fx.Reopen: self.tiers.reopen,
                 fx.Release: self._release, fx.Note: self._note,
+                fx.Quit: lambda effect: on_quit(),
             },
         )  # fmt: skip
 
     def close(self) -> None:
         self.host.close()
         self.engine.close()
+        self.runner.stop()
         self._loads.shutdown(cancel_futures=True)
         self.tiers.close()
         self.sender.close()
         self.receiver.close()
+
+    def leave(self, within_s: float) -> None:
+        """Ask to be let go, as `core.copies.Leave` says."""
+        self.leaving = True
+        self._bus.tell(self.id, CONDUCTOR, Leave(self.id, within_s))
 
     # --- messages in: take off what the node must not see -----------------------------------------
 
@@ -201,10 +217,13 @@ class LiveWorker:
                 self.observe(said)
             self.sender.open(*key, address, effect.deadline)
         if effect.step is not None:
-            stream = Stream(*key, effect.first_block, effect.blocks)
+            stream = Stream(*key, effect.first_block, effect.blocks, effect.codec)
             self.engine.stream(effect.step, stream)
         elif effect.blocks:
-            self.sender.push(*key, effect.first_block, effect.blocks, range(self._layers))
+            self.sender.push(
+                *key, effect.first_block, effect.blocks, range(self._layers), effect.codec,
+                tell=bool(effect.codec),
+            )  # fmt: skip
         if effect.last:
             first = self._sampled.get(key)
             tokens = (first.token,) if first is not None else ()
@@ -214,8 +233,9 @@ class LiveWorker:
 
     def _push_layer(self, stream: Stream, layer: int) -> None:
         self.sender.push(
-            stream.request_id, stream.attempt, stream.first_block, stream.blocks, layer
-        )
+            stream.request_id, stream.attempt, stream.first_block, stream.blocks, layer,
+            stream.codec, tell=bool(stream.codec) and layer == self._layers - 1,
+        )  # fmt: skip
 
     def _fetch(self, effect: fx.Fetch) -> None:
         key = (effect.request_id, effect.attempt)
@@ -263,6 +283,9 @@ class LiveWorker:
     def _step_done(self, done: StepDone) -> None:
         self.host.feed(done)
 
+    def _on_sent(self, sent: Sent) -> None:
+        self._call(lambda: self.host.feed(sent))
+
     def _on_over(self, request_id: RequestId, attempt: int, ok: bool, reason: str) -> None:
         self._call(lambda: self._over(SendOver(request_id, attempt, ok), reason))
 
@@ -286,6 +309,7 @@ class LiveWorker:
             Received(
                 *key, result.ok, result.bytes, result.seconds, result.transport, result.reason,
                 trailer.report if trailer is not None else None, result.by_sender,
+                result.coded,
             )
         )  # fmt: skip
 
@@ -307,6 +331,17 @@ class LiveWorker:
             self._loop.call_soon_threadsafe(action)
         except RuntimeError:  # the loop is closed: the process is going down
             return
+
+
+def kv_form(spec: RunnerSpec) -> KvForm:
+    """How a runner's KV lies in its blocks. Raises ConfigError for KV that has no coded form."""
+    dtypes = {layer.dtype for layer in spec.layers}
+    if len(dtypes) > 1 or any(layer.scale_bytes for layer in spec.layers):
+        raise ConfigError(
+            f"no codec for KV of {', '.join(sorted(dtypes))} with scales",
+            where="transport.codec", next_step="leave the codec off, or keep KV as floats",
+        )  # fmt: skip
+    return KvForm(dtypes.pop(), spec.block_size)
 
 
 def _told(one: Sampled) -> tuple[Logprobs, ...]:

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Literal, NamedTuple
 
+from msgspec.structs import replace
+
 from kvasir.core.effects import Row, Step
-from kvasir.core.ids import RequestId, StepId
+from kvasir.core.ids import BlockKey, RequestId, StepId
 from kvasir.core.messages import Drawn, RowDone
 from kvasir.cost.step import StepModel
 from kvasir.world.sim.guesses import GuessedRun, Luck, Round
@@ -70,13 +72,15 @@ class Lane:
 
 class Executor:
     """One worker's compute. At most one step runs. `names`: outcomes say who decoded.
-    `acceptance`: how likely a guessed token is right."""
+    `acceptance`: how likely a guessed token is right. `answers`: keys of the blocks that an answer
+    fills, told at its end."""
 
     def __init__(
         self, model: StepModel, outputs: Callable[[RequestId], int], *, names: bool = False,
-        acceptance: float = 0.0,
+        acceptance: float = 0.0, answers: Callable[[RequestId], tuple[BlockKey, ...]] | None = None,
     ) -> None:  # fmt: skip
         self._model = model
+        self._answers = answers
         self._outputs = outputs
         self._luck = Luck(outputs, acceptance)
         self._guessed: GuessedRun | None = None  # of the running step, when rows guess
@@ -309,6 +313,8 @@ class Executor:
             for row in step.rows
         ]  # fmt: skip
         rows += self._ended_unnamed(steps, drawn)
+        if self._answers is not None:
+            rows = [replace(r, keys=self._answers(r.request_id)) if r.end else r for r in rows]
         self.ended = ended
         return Outcome(
             self.started, ended, steps, first_s, last_s, tuple(rows), tuple(drawn), tuple(joined),

@@ -85,6 +85,10 @@ def windows(spec: FaultSpec) -> list[Window]:
         Window(f"{outage.worker or outage.node} down", tuple(turns(outage)))
         for outage in spec.outages
     ]
+    found += [
+        Window(f"{one.worker} leaves", (Span(one.at_s, one.at_s + one.within_s),))
+        for one in spec.departures
+    ]
     for fault in spec.links:
         what = fault.link or f"NICs of {fault.worker}"
         found.append(Window(f"{what} at {fault.scale:g} of capacity", tuple(turns(fault))))
@@ -119,6 +123,8 @@ def resolve(deployment: Deployment) -> FaultSpec | None:
         link for i, fault in enumerate(spec.links)
         for link in _links(topology, locations, fault, f"faults.links[{i}]")
     ]  # fmt: skip
+    for i, departure in enumerate(spec.departures):
+        _known(departure.worker, locations, "worker", f"faults.departures[{i}]")
     outages = [
         one for i, outage in enumerate(spec.outages)
         for one in _workers(topology, locations, outage, f"faults.outages[{i}]")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from kvasir.core.events import (
     AnyEvent,
+    BlocksCopied,
     Closed,
+    CopiesUsed,
     Preempted,
     PrefixUsed,
     Recomputed,
@@ -140,11 +142,23 @@ class Recorder:
         elif isinstance(event, Speculated):
             for key, tokens in (("drafted", event.drafted), ("accepted", event.accepted)):
                 self.counts[f"{name}.{key}"] = self.counts.get(f"{name}.{key}", 0) + tokens
+        elif isinstance(event, (BlocksCopied, CopiesUsed)):
+            self._copies(event)
         elif isinstance(event, Retried):
             key = f"Retried: {event.reason.split(' ', 1)[-1]}"
             self.counts[key] = self.counts.get(key, 0) + 1
             lost = f"attempt {event.attempt} lost, {event.reason}"
             self._story.setdefault(event.request_id, []).append(lost)
+
+    def _copies(self, event: BlocksCopied | CopiesUsed) -> None:
+        """Blocks, by why they were copied; what is neither used nor wasted still waits."""
+        if isinstance(event, BlocksCopied):
+            counts = {"copied": event.blocks}
+        else:
+            counts = {"used": event.used, "wasted": event.wasted}
+        for what, blocks in counts.items():
+            key = f"Copies: {event.purpose}, {what} blocks"
+            self.counts[key] = self.counts.get(key, 0) + blocks
 
     def _closed(self, now: float, event: Closed) -> None:
         report = self._reports.pop(event.request_id, None)

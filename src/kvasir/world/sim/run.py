@@ -10,6 +10,7 @@ import msgspec
 
 from kvasir import __version__
 from kvasir.core.errors import ConfigError
+from kvasir.core.ids import BlockKey
 from kvasir.core.specs import Deployment
 from kvasir.measure.calibration import PoolCalibration, calibration_of, notes_of
 from kvasir.measure.charts import Plots, charts
@@ -18,6 +19,7 @@ from kvasir.measure.frames import frame
 from kvasir.measure.recovery import Recovery, recovery
 from kvasir.measure.results import canonical, result
 from kvasir.measure.summary import PrefixUse, RequestOutcome, Summary, summarise
+from kvasir.traces.answers import answer_keys
 from kvasir.traces.record import Trace
 from kvasir.traces.statistics import shared_tokens
 from kvasir.world.journal import Journal, Listener, Listeners
@@ -124,6 +126,7 @@ def simulate(
         faults=Faults(faults, seed) if faults is not None else None,
         seed=seed,
         journals=cast(Journals, listeners) if record or listen else None,
+        answers=_answers(deployment, trace),
     )
     if detail:
         world.network.heat = LinkHeat()
@@ -133,6 +136,12 @@ def simulate(
         for sink in sinks:
             sink.close()
     return _result(world, deployment, trace, seed)
+
+
+def _answers(deployment: Deployment, trace: Trace) -> tuple[tuple[BlockKey, ...], ...] | None:
+    if not deployment.workload.name_answers:
+        return None
+    return answer_keys(trace.arrivals, deployment.block_size)
 
 
 def _run(world: SimWorld, trace: Trace, progress: Callable[[float], None] | None) -> None:

@@ -1,32 +1,33 @@
 """Tiers in virtual time: what `Store` and `Restore` take, and what slots hold.
 
 Each tier of each worker does one thing after another, at its bytes a second. Host memory is lost
-with its worker, a disk is found again. Knows keys and bytes; must not know why a node asked.
+with its worker, a disk is found again. A tier that all share is one thing for all workers. Knows
+keys and bytes; must not know why a node asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvasir.core.effects import Restore, Store
-from kvasir.core.ids import BlockKey, RequestId, WorkerId
+from kvasir.core.effects import Ask, Reopen, Restore, Store
+from kvasir.core.ids import RequestId, WorkerId
 from kvasir.core.message import Tier
-from kvasir.core.tiers import Moved, Restored, Stored, TierGone, TierReady
+from kvasir.core.tiers import Held, Moved, Restored, Stored, TierGone, TierReady
 from kvasir.node.config import WorkerConfig
+from kvasir.world.sim.holds import Holds, SharedHolds, SharedStore, SlotHolds
 
 Schedule = Callable[[float, Callable[[], None]], None]
-Tell = Callable[[WorkerId, TierReady | TierGone | Stored | Restored], None]
+Tell = Callable[[WorkerId, TierReady | TierGone | Stored | Held | Restored], None]
 
 
 @dataclass(slots=True, eq=False)
-class Shelves:
-    """One tier of one worker. `held`: what each slot holds; `free_at`: when it has done all that
-    was asked of it; `lost`: why it does nothing any more."""
+class Drive:
+    """What does one thing after another. `free_at`: when it has done all that was asked of it;
+    `lost`: why it does nothing any more."""
 
     bytes_per_s: float
-    block_bytes: int
-    held: dict[int, BlockKey] = field(default_factory=dict)
+    latency_s: float = 0.0
     free_at: float = 0.0
     lost: str = ""
 
@@ -34,9 +35,18 @@ class Shelves:
         """When something that is asked for now begins."""
         return max(now, self.free_at)
 
+
+@dataclass(slots=True, eq=False)
+class Shelves:
+    """One tier as one worker sees it; its drive may be that of others too."""
+
+    drive: Drive
+    block_bytes: int
+    holds: Holds
+
     @property
     def block_s(self) -> float:
-        return self.block_bytes / self.bytes_per_s
+        return self.block_bytes / self.drive.bytes_per_s
 
 
 class SimTiers:
@@ -47,6 +57,8 @@ class SimTiers:
         self._all: dict[WorkerId, dict[Tier, Shelves]] = {}
         self._lives: dict[WorkerId, int] = {}
         self._reads: dict[tuple[WorkerId, RequestId, int], Restore] = {}
+        self._stores: dict[str, SharedStore] = {}  # shared ones, by name
+        self._drives: dict[str, Drive] = {}
 
     def boot(self, worker: WorkerId, config: WorkerConfig) -> None:
         """A worker starts: with what its disk holds from an earlier life."""
@@ -57,11 +69,26 @@ class SimTiers:
         before = self._all.get(worker, {})
         mine: dict[Tier, Shelves] = {}
         for rule in rules:
-            kept = before[rule.tier].held if rule.tier == "disk" and rule.tier in before else {}
-            mine[rule.tier] = Shelves(rule.bytes_per_s, block_bytes, kept)
-            self._tell(worker, TierReady(rule.tier, tuple(kept), tuple(kept.values())))
+            drive, old = Drive(rule.bytes_per_s, rule.latency_s), before.get(rule.tier)
+            if rule.shared:  # where several pools name a store, its size and rates are the first's
+                store = SharedStore(rule.blocks * block_bytes)
+                store = self._stores.setdefault(rule.shared, store)
+                drive = self._drives.setdefault(rule.shared, drive)
+                kept: Holds = SharedHolds(store, config.model, block_bytes)
+            else:
+                kept = old.holds if rule.tier == "disk" and old is not None else SlotHolds()
+            mine[rule.tier] = Shelves(drive, block_bytes, kept)
         self._all[worker] = mine
         self._lives[worker] = self._lives.get(worker, 0) + 1
+        for tier in mine:
+            self._open(worker, tier)
+
+    def _open(self, worker: WorkerId, tier: Tier) -> None:
+        shelves = self._all[worker][tier]
+        if shelves.drive.lost:
+            self._tell(worker, TierGone(tier, shelves.drive.lost))
+        else:
+            self._tell(worker, TierReady(tier, *shelves.holds.found()))
 
     def died(self, worker: WorkerId) -> None:
         """What is under way comes to nothing; a block that was being written is torn."""
@@ -70,35 +97,56 @@ class SimTiers:
             del self._reads[key]
 
     def lose(self, worker: WorkerId, tier: Tier, reason: str) -> None:
-        """A tier fails."""
-        shelves = self._all[worker][tier]
-        if not shelves.lost:
-            shelves.lost = reason
-            self._tell(worker, TierGone(tier, reason))
+        """A tier fails; one that is shared for all that share it."""
+        drive = self._all[worker][tier].drive
+        if not drive.lost:
+            drive.lost = reason
+            for other, mine in self._all.items():
+                if tier in mine and mine[tier].drive is drive:
+                    self._tell(other, TierGone(tier, reason))
+
+    def mend(self, worker: WorkerId, tier: Tier) -> None:
+        """A tier works again, for who tries it."""
+        self._all[worker][tier].drive.lost = ""
 
     def damage(self, worker: WorkerId, tier: Tier) -> None:
         """All that a tier holds is no longer what it was."""
-        self._all[worker][tier].held.clear()
+        self._all[worker][tier].holds.clear()
+
+    def reopen(self, worker: WorkerId, effect: Reopen) -> None:
+        self._open(worker, effect.tier)
+
+    def ask(self, worker: WorkerId, effect: Ask) -> None:
+        """Answered after the tier's latency, whatever else it does."""
+        shelves, life = self._all[worker][effect.tier], self._lives[worker]
+
+        def over() -> None:
+            if self._lives[worker] == life:
+                count = 0 if shelves.drive.lost else shelves.holds.asked(effect.keys)
+                name = (effect.request_id, effect.attempt)
+                self._tell(worker, Held(*name, effect.tier, count, shelves.drive.latency_s))
+
+        self._schedule(self._clock() + shelves.drive.latency_s, over)
 
     def store(self, worker: WorkerId, effect: Store) -> None:
         shelves, life, now = self._all[worker][effect.tier], self._lives[worker], self._clock()
-        began = shelves.begin(now)
+        drive = shelves.drive
+        began = drive.begin(now)
         seconds = len(effect.slots) * shelves.block_s
-        shelves.free_at = began + seconds
-        for slot in effect.slots:
-            shelves.held.pop(slot, None)
+        drive.free_at = began + seconds
+        shelves.holds.blank(effect.slots)
 
         def over() -> None:
             if self._lives[worker] != life:
                 return
-            if shelves.lost:
+            if drive.lost:
                 self._tell(worker, Stored(effect.id, 0))
                 return
-            shelves.held.update(zip(effect.slots, effect.keys, strict=True))
+            shelves.holds.put(effect.slots, effect.keys)
             nbytes = len(effect.slots) * shelves.block_bytes
             self._tell(worker, Stored(effect.id, len(effect.slots), nbytes, seconds))
 
-        self._schedule(shelves.free_at, over)
+        self._schedule(drive.free_at, over)
 
     def restore(self, worker: WorkerId, effect: Restore) -> None:
         """Shelf after shelf, block after block, up to the deadline or to what is not there."""
@@ -118,19 +166,18 @@ class SimTiers:
         name = (effect.request_id, effect.attempt)
         for shelf in effect.shelves:
             shelves = self._all[worker][shelf.tier]
-            began = shelves.begin(at)
+            drive = shelves.drive
+            began = drive.begin(at)
             wanted = effect.keys[count : count + len(shelf.slots)]
-            good = 0
-            while good < len(wanted) and shelves.held.get(shelf.slots[good]) == wanted[good]:
-                good += 1
+            good = shelves.holds.leading(shelf.slots, wanted)
             in_time = max(0, int((effect.deadline - began) / shelves.block_s))
-            came = 0 if shelves.lost else min(good, in_time)
+            came = 0 if drive.lost else min(good, in_time)
             at = min(began + came * shelves.block_s, max(effect.deadline, at))
-            shelves.free_at = max(shelves.free_at, at)
+            drive.free_at = max(drive.free_at, at)
             moved.append(Moved(shelf.tier, came * shelves.block_bytes, max(at - began, 0.0)))
             count += came
             if came < len(wanted):
-                if shelves.lost:
+                if drive.lost:
                     return at, Restored(*name, count, tuple(moved), "gone")
                 if came < good:
                     late = max(effect.deadline, at)

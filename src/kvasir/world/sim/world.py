@@ -6,7 +6,7 @@ the heap breaks ties by order of insertion, and all randomness is in `faults`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 import msgspec
 
 from kvasir.core import effects as fx
-from kvasir.core.ids import CONDUCTOR, NodeId, RequestId, WorkerId
+from kvasir.core.caches import Mark
+from kvasir.core.copies import Leave
+from kvasir.core.ids import CONDUCTOR, BlockKey, NodeId, RequestId, WorkerId
 from kvasir.core.message import Message
 from kvasir.core.messages import (
     Alarm,
@@ -56,8 +58,8 @@ from kvasir.world.sim.transfers import Running, Transfers
 GATEWAY = "gateway-0"
 MESSAGE_S = 100e-6  # one control message, one way
 PERFORMS = (
-    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Store, fx.Restore, fx.Release, fx.Timer,
-    fx.Reply, fx.Refuse, fx.Note,
+    fx.Tell, fx.Step, fx.Cut, fx.Send, fx.Fetch, fx.Store, fx.Ask, fx.Reopen, fx.Restore,
+    fx.Release, fx.Quit, fx.Timer, fx.Reply, fx.Refuse, fx.Note,
 )  # fmt: skip
 CLOSES = (Hangup, Lost, Alarm)
 Journals = Callable[[NodeId, str, dict[str, Any]], Journal]
@@ -83,7 +85,9 @@ class SimWorld:
         journals: Journals | None = None, after_event: Callable[[SimWorld], None] | None = None,
         again: Callable[[float], Arrival | None] | None = None,
         models: Mapping[str, StepModel] | None = None, seed: int = 0,
+        answers: Sequence[tuple[BlockKey, ...]] | None = None,
     ) -> None:  # fmt: skip
+        """`answers`: by arrival, the keys of the blocks that its answer fills."""
         fx.require("the simulator", PERFORMS, ())
         self.deployment = deployment
         self.recorder = Recorder(
@@ -102,6 +106,7 @@ class SimWorld:
         self._heap: list[tuple[float, int, Host | None, Any]] = []
         self._serial = 0
         self._outputs: dict[RequestId, int] = {}
+        self._answers = answers
         self._arrivals = iter(arrivals)
         self._again = again
         self._arrived = 0
@@ -135,6 +140,9 @@ class SimWorld:
             workers = d.worker_ids()
             for death in self._faults.deaths(workers, self._faults.spec.until_s):
                 self.schedule(death.at, lambda death=death: self._die(death))  # type: ignore[misc]
+            for one in self._faults.spec.departures:
+                leave = Leave(one.worker, one.within_s)
+                self.schedule(one.at_s, partial(self.send, CONDUCTOR, leave))
 
     def _befall_network(self, faults: Faults) -> None:
         links, traffic = faults.spec.links, faults.spec.traffic
@@ -154,10 +162,16 @@ class SimWorld:
         executor = Executor(
             model, self._outputs.__getitem__, names=names,
             acceptance=guess.acceptance if guess is not None else 0.0,
+            answers=self._answer if self._answers is not None else None,
         )  # fmt: skip
         self._boot(worker, incarnation, "worker", Worker(config), msgspec.to_builtins(config),
                    executor)  # fmt: skip
         self.tiers.boot(worker, config)
+        self.transfers.boot(worker, config.codec)
+
+    def _answer(self, request_id: RequestId) -> tuple[BlockKey, ...]:
+        assert self._answers is not None
+        return self._answers[int(request_id.removeprefix("r"))]
 
     def _boot(
         self, node_id: NodeId, incarnation: int, kind: str, node: Node, config: dict[str, Any],
@@ -349,8 +363,22 @@ class SimWorld:
         self.transfers.release(host.id, effect.request_id, effect.attempt)
         self.tiers.release(host.id, effect.request_id, effect.attempt)
 
+    def _quit(self, host: Host, effect: fx.Quit) -> None:
+        """It holds nothing: there is nothing to tell of its end."""
+        assert host.executor is not None and host.executor.step is None, host.id
+        host.alive = False
+        del self.hosts[host.id]
+        self.transfers.worker_died(host.id)
+        self.tiers.died(host.id)
+
     def _store(self, host: Host, effect: fx.Store) -> None:
         self.tiers.store(host.id, effect)
+
+    def _ask(self, host: Host, effect: fx.Ask) -> None:
+        self.tiers.ask(host.id, effect)
+
+    def _reopen(self, host: Host, effect: fx.Reopen) -> None:
+        self.tiers.reopen(host.id, effect)
 
     def _restore(self, host: Host, effect: fx.Restore) -> None:
         self.tiers.restore(host.id, effect)
@@ -376,8 +404,9 @@ class SimWorld:
 
     _perform: ClassVar[dict[type[fx.Effect], Callable[[SimWorld, Host, Any], None]]] = {
         fx.Tell: _tell, fx.Step: _step, fx.Cut: _cut, fx.Send: _send_kv, fx.Fetch: _fetch_kv,
-        fx.Store: _store, fx.Restore: _restore, fx.Release: _release, fx.Timer: _timer,
-        fx.Reply: _reply, fx.Refuse: _refuse, fx.Note: _note,
+        fx.Store: _store, fx.Ask: _ask, fx.Reopen: _reopen, fx.Restore: _restore,
+        fx.Release: _release, fx.Quit: _quit, fx.Timer: _timer, fx.Reply: _reply,
+        fx.Refuse: _refuse, fx.Note: _note,
     }  # fmt: skip
 
     # --- what happens by itself -------------------------------------------------------------------
@@ -391,11 +420,8 @@ class SimWorld:
 
     def _arrive(self, arrival: Arrival) -> None:
         d = self.deployment
-        request_id = f"r{self._arrived}"
-        self._arrived += 1
-        self._outputs[request_id] = arrival.output_tokens
         request = Request(
-            id=request_id,
+            id=f"r{self._arrived}",
             model=d.models[0].name,
             prompt_tokens=arrival.input_tokens,
             max_tokens=arrival.output_tokens,
@@ -403,14 +429,21 @@ class SimWorld:
             gateway=GATEWAY,
             session=arrival.session,
             adapter=arrival.adapter,
+            tenant=arrival.tenant or "default",
             arrival_s=self.now,
             sampling=Sampling(temperature=0.0, ignore_eos=True),
         )
-        self.deliver(self.hosts[GATEWAY], Arrive(request))
+        self._arrived += 1
+        self.arrive(request, arrival.output_tokens)
+        self._next_arrival()
+
+    def arrive(self, request: Request, output_tokens: int, marks: tuple[Mark, ...] = ()) -> None:
+        """A request comes now, and will draw so many tokens."""
+        self._outputs[request.id] = output_tokens
+        self.deliver(self.hosts[GATEWAY], Arrive(request, marks))
         hangup_s = self._faults.hangup() if self._faults is not None else None
         if hangup_s is not None:
-            self._push(self.now + hangup_s, self.hosts[GATEWAY], Hangup(request_id))
-        self._next_arrival()
+            self._push(self.now + hangup_s, self.hosts[GATEWAY], Hangup(request.id))
 
     def _ended_arrival(self) -> None:
         """A closed loop answers each end with the next request."""
