@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvasir.core.effects import Timer
@@ -425,6 +426,19 @@ def test_a_past_life_is_not_taken_for_the_present_one() -> None:
         assert not effects.noted(WorkerLeft) and not effects.noted(WorkerJoined)
         assert c.node.members["d"].incarnation == 3
     assert c.node.index.blocks_of("d") == 0
+
+
+def test_other_weights_stay_out_until_the_old_ones_are_gone() -> None:
+    """Equal keys would name other KV: a replaced model folder, and workers restarted in turns."""
+    c = conductor("p", "d")
+    new = hello("d", "decode", pool="decode", incarnation=2)
+    new = msgspec.structs.replace(new, fingerprint="new")
+    (left,) = c(new).noted(WorkerLeft)[1:]
+    assert left == WorkerLeft("d", 2, "its weights of m are not those of p")
+    assert list(c.node.members) == ["p"]
+    assert c(load("d", incarnation=2)).told(Welcome).one().again, "asked to try again"
+    c(WorkerGone("p", 1, "died"))
+    assert c(new).noted(WorkerJoined) and list(c.node.members) == ["d"]
 
 
 def test_of_a_restarted_worker_nothing_old_survives() -> None:

@@ -152,6 +152,11 @@ class Conductor:
             return  # not of this deployment
         if known is not None:
             self._remove(known, "restarted")
+        other = self._of_other_weights(event)
+        if other is not None:
+            reason = f"its weights of {event.model} are not those of {other.id}"
+            self._note(WorkerLeft(event.worker, event.incarnation, reason))
+            return
         self.members[event.worker] = Member(event, self._costs[event.pool], self._now)
         guess = None
         if not event.kv_events:
@@ -160,6 +165,14 @@ class Conductor:
         self.oracle.add_worker(event.worker, event.location)
         self._tell(event.worker, Welcome(self.epoch))
         self._note(WorkerJoined(event.worker, event.incarnation, event.roles))
+
+    def _of_other_weights(self, hello: Hello) -> Member | None:
+        """A member that computes other KV for the same keys: they name the model, its dtype and
+        adapter, and only workers know the weights. It stays out until all such are gone."""
+        for m in self.members.values():
+            if m.model == hello.model and m.hello.fingerprint != hello.fingerprint:
+                return m
+        return None
 
     def _on_load(self, event: Load) -> None:
         member = self.members.get(event.worker)
