@@ -96,8 +96,9 @@ def decode_process(kind: str, blocks: int, run_dir: str) -> None:
     if kind.startswith("NIXL"):
         bare_nixl_receiver(planes)
         return
+    kind, streams = streams_of(kind)
     media = open_media(kind, planes, run_dir=run_dir)
-    receiver = make_receiver(media, planes, on_received=results.put)
+    receiver = make_receiver(media, planes, on_received=results.put, streams=streams)
     print(receiver.addresses[0], flush=True)
     for line in sys.stdin:
         attempt, count, layers, scattered = json.loads(line)
@@ -107,6 +108,12 @@ def decode_process(kind: str, blocks: int, run_dir: str) -> None:
         result = results.get(timeout=WAIT_S)
         print(json.dumps([time.process_time(), result.ok, result.reason]), flush=True)
     receiver.close()
+
+
+def streams_of(kind: str) -> tuple[str, int]:
+    """`tcp:2` is tcp with two streams."""
+    kind, _, streams = kind.partition(":")
+    return kind, int(streams or 1)
 
 
 def raw_receiver(planes: Planes) -> None:
@@ -219,8 +226,9 @@ class Shipping:
     ) -> None:
         self._decode = Decode(kind, len(source[0][0]), run_dir)
         self._over: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        kind, streams = streams_of(kind)
         self._sender = make_sender(
-            open_media(kind, source, arena=arena), source,
+            open_media(kind, source, arena=arena), source, streams=streams,
             on_over=lambda *a: self._over.put(a), frame_bytes_max=frame_bytes,
         )  # fmt: skip
         self._attempt = 0
@@ -335,6 +343,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as run_dir:
         shm = Shipping("shm", source, arena, run_dir, given.frame_kib << 10)
         tcp = Shipping("tcp", source, arena, run_dir, given.frame_kib << 10)
+        two = Shipping("tcp:2", source, arena, run_dir, given.frame_kib << 10)
         raw = Raw(source, run_dir)
         paths: dict[str, Callable[[Size], Round]] = {
             "numpy copy": lambda size: numpy_copy(source, target, size),
@@ -343,6 +352,7 @@ def main() -> None:
             "raw socket": raw.round,
             "tcp": tcp.round,
             "tcp scattered": lambda size: tcp.round(size, True),
+            "tcp 2 streams": two.round,
         }
         others: list[Shipping | BareNixl] = []
         for kind in set(able()) - set(PLAIN):
@@ -352,7 +362,7 @@ def main() -> None:
             others.append(BareNixl(kind, source, run_dir))
             paths[kind] = others[-1].round
         figures = [report(measure(paths, size, given.repeats), size.bytes) for size in sizes]
-        for end in (shm, tcp, raw, *others):
+        for end in (shm, tcp, two, raw, *others):
             end.close()
     print(json.dumps({
         "bench": "transfer", "repeats": given.repeats, "frame_bytes": given.frame_kib << 10,

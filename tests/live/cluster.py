@@ -379,10 +379,10 @@ class Cluster:
                 "blocks": node.pool.held, "step": int(node.steps.step is not None),
                 "prompts": len(live._prompts), "openings": len(live._openings),
                 "sampled": len(live._sampled), "streams": len(live.engine._waiting),
-                "sending": len(live._sending), "expected": len(live.receiver._expected),
+                "sending": len(live._sending), "expected": waiting(live.receiver, "_expected"),
                 "loads": len(node.tiers.reading) + (not live.tiers.idle),
                 "copies": sum(len(s.writing) for s in node.tiers.states.values()),
-                "open": len(live.sender._open_now),
+                "open": waiting(live.sender, "_open_now"),
             }  # fmt: skip
             found |= {f"{worker}.{name}": count for name, count in held.items()}
         return {name: count for name, count in found.items() if count}
@@ -491,3 +491,8 @@ def hashes(tokens: Sequence[int]) -> list[int]:
         running = (running * M + (token + 1) * C) & BITS
         found.append(running)
     return found
+
+
+def waiting(end: Any, name: str) -> int:
+    """Transfers that one end of a transport, of one stream or several, still has."""
+    return sum(len(getattr(one, name)) for one in getattr(end, "_ends", [end]))

@@ -90,33 +90,46 @@ def make_sender(
     shard: Shard = WHOLE,
     form: KvForm | None = None,
     on_sent: OnSent | None = None,
+    streams: int = 1,
 ) -> Sender:
     """The prefill side. `bytes_per_s_max` caps all its transfers together; `frame_bytes_max` is for
-    frames whose bytes travel on a stream. With `form` it can code KV. Raises ConfigError for planes
-    that do not fit, or KV that has no coded form."""
+    frames whose bytes travel on a stream. With `form` it can code KV. `streams`: so many side by
+    side, at both ends, of one medium and without `form`. Raises ConfigError for planes that do not
+    fit, or KV that has no coded form."""
     from kvasir.transfer.sender import FRAME_BYTES_MAX, StreamSender
 
-    return StreamSender(
-        planes,
-        media,
-        on_over=on_over,
-        bytes_per_s_max=bytes_per_s_max,
-        frame_bytes_max=FRAME_BYTES_MAX if frame_bytes_max is None else frame_bytes_max,
-        shard=shard,
-        form=form,
-        on_sent=on_sent,
-    )
+    def make(planes: Planes, on_over: OnOver) -> StreamSender:
+        return StreamSender(
+            planes, media, on_over=on_over,
+            bytes_per_s_max=bytes_per_s_max / streams if bytes_per_s_max else bytes_per_s_max,
+            frame_bytes_max=FRAME_BYTES_MAX if frame_bytes_max is None else frame_bytes_max,
+            shard=shard, form=form, on_sent=on_sent,
+        )  # fmt: skip
+
+    if streams == 1:
+        return make(planes, on_over)
+    from kvasir.transfer.stripes import StripedSender
+
+    return StripedSender(planes, streams, make, on_over)
 
 
 def make_receiver(
     media: Sequence[Medium], planes: Planes, *, on_received: OnReceived, shard: Shard = WHOLE,
-    form: KvForm | None = None,
+    form: KvForm | None = None, streams: int = 1,
 ) -> Receiver:  # fmt: skip
-    """The decode side. Without `form` it takes nothing that is coded. Raises ConfigError for planes
-    that do not fit, KV that has no coded form, or if it cannot listen (shm: OSError)."""
+    """The decode side. Without `form` it takes nothing that is coded. `streams` as the senders'.
+    Raises ConfigError for planes that do not fit, KV that has no coded form, or if it cannot listen
+    (shm: OSError)."""
     from kvasir.transfer.receiver import StreamReceiver
 
-    return StreamReceiver(planes, media, on_received=on_received, shard=shard, form=form)
+    def make(planes: Planes, on_received: OnReceived) -> StreamReceiver:
+        return StreamReceiver(planes, media, on_received=on_received, shard=shard, form=form)
+
+    if streams == 1:
+        return make(planes, on_received)
+    from kvasir.transfer.stripes import StripedReceiver
+
+    return StripedReceiver(planes, streams, make, on_received)
 
 
 def _medium(

@@ -301,6 +301,9 @@ class TransportSpec(Spec):
     prefill_end`. A prompt of less than `serial_tokens` is sent serially in any mode (Splitwise: 512
     on H100), as a copy per layer costs more than it hides. See `policy/handover.py`.
 
+    `streams`: TCP connections for a pair of workers, each with a thread at both ends; layers are
+    dealt out among them. For networks faster than one core copies (`transfer/stripes.py`).
+
     `codec`: fewer bytes on slow links. It needs a `kind` whose bytes travel on a stream: `tcp`, or
     `auto`, which then leaves alone what goes another way.
     """
@@ -310,10 +313,13 @@ class TransportSpec(Spec):
     serial_tokens: int = Field(default=0, ge=0)
     bytes_per_s_max: float | None = Field(default=None, gt=0)
     frame_bytes_max: int = Field(default=4 * 1024 * 1024, gt=0)
+    streams: int = Field(default=1, ge=1, le=64)
     codec: CodecSpec = CodecSpec()
 
     @model_validator(mode="after")
     def _codes_streams(self) -> TransportSpec:
+        if self.streams > 1 and (self.kind != "tcp" or self.codec.kind != "off"):
+            raise wrong("several streams are for kind tcp without a codec", "streams")
         if self.codec.kind != "off" and self.kind not in ("tcp", "auto"):
             raise wrong(f"{self.kind} sends KV as it is: a codec needs kind tcp or auto", "kind")
         return self

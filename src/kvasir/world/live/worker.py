@@ -110,9 +110,10 @@ class LiveWorker:
         self.sender = make_sender(
             media, planes, on_over=self._on_over, form=form, on_sent=self._on_sent,
             bytes_per_s_max=transport.bytes_per_s_max, frame_bytes_max=transport.frame_bytes_max,
+            streams=transport.streams,
         )  # fmt: skip
         self.receiver: Receiver = make_receiver(
-            media, planes, on_received=self._on_received, form=form
+            media, planes, on_received=self._on_received, form=form, streams=transport.streams
         )
         self._loads = ThreadPoolExecutor(1, "adapters")
         self.engine = EngineThread(
