@@ -136,7 +136,8 @@ def test_a_store_that_misbehaves_costs_time_only(
                 assert {e.why for e in c.events(TierPassed)} == {"damaged"}
                 return
             await c.until(lambda: c.events(TierOff))
-            assert all(said in e.reason for e in c.events(TierOff))
+            reasons = [e.reason for e in c.events(TierOff)]
+            assert all(said in reason for reason in reasons), reasons
             off, rendered = c.events(TierOff), c.platform.metrics.render().decode()
             assert f'kvasir_tier_failures_total{{tier="cluster"}} {len(off)}.0' in rendered
             server.mode = "ok"

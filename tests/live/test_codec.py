@@ -4,7 +4,6 @@ they are where it is fast, and another attempt where they were damaged."""
 from __future__ import annotations
 
 import os
-from collections import deque
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from kvasir.core.events import KvCoded, Retried, Shipped, TransferFailed  # noqa
 from kvasir.core.specs import Deployment, TransportSpec  # noqa: E402
 from kvasir.core.specs.codec import CodecSpec  # noqa: E402
 from kvasir.engine.tiny import make_tiny  # noqa: E402
-from kvasir.transfer import link as link_module  # noqa: E402
-from kvasir.transfer.frames import FrameKind, unpack  # noqa: E402
-from kvasir.transfer.stream import send_some  # noqa: E402
+from kvasir.transfer.frames import HEADER_BYTES  # noqa: E402
+from kvasir.transfer.inline import InlineInlet  # noqa: E402
 from tests.live.cluster import Answer, cluster, deployment_of, run  # noqa: E402
 from tests.live.test_bytes import metric  # noqa: E402
 from tests.live.test_tokens import Golden, prompt_of  # noqa: E402
@@ -181,15 +179,16 @@ def test_a_byte_flipped_in_a_coded_frame_is_refused_and_the_request_recovers(
 ) -> None:
     flipped = []
 
-    def flips_once(sock: Any, outbox: deque[memoryview]) -> int:
-        if not flipped and len(outbox) == 2 and unpack(outbox[0]).kind is FrameKind.CODED:
-            damaged = bytearray(outbox[1])
-            damaged[len(damaged) // 2] ^= 1
-            outbox[1] = memoryview(damaged)
-            flipped.append(True)
-        return send_some(sock, outbox)
+    received = InlineInlet.recv_into
 
-    monkeypatch.setattr(link_module, "send_some", flips_once)
+    def flips_once(self: InlineInlet, buffer: memoryview) -> int:
+        count = received(self, buffer)
+        if not flipped and len(buffer) > HEADER_BYTES:
+            buffer[count // 2] ^= 1
+            flipped.append(True)
+        return count
+
+    monkeypatch.setattr(InlineInlet, "recv_into", flips_once)
 
     async def main() -> None:
         d = coded(golden.folder, "lossless", SLOW)
