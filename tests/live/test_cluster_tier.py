@@ -114,7 +114,7 @@ def test_another_model_does_not_find_it(goldens: dict[str, Golden], server: Fake
 
 
 FAULTS = {  # what the store does: what is said of it, or why it was passed over
-    "hangs": "did not answer", "resets": "redis", "full": "maxmemory", "raves": "redis",
+    "hangs": "did not answer|Timeout", "resets": "redis", "full": "maxmemory", "raves": "redis",
     "lies": "damaged", "swaps": "damaged", "cuts": "damaged", "forgets": "damaged",
 }  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_a_store_that_misbehaves_costs_time_only(
                 return
             await c.until(lambda: c.events(TierOff))
             reasons = [e.reason for e in c.events(TierOff)]
-            assert all(said in reason for reason in reasons), reasons
+            assert all(any(word in r for word in said.split("|")) for r in reasons), reasons
             off, rendered = c.events(TierOff), c.platform.metrics.render().decode()
             assert f'kvasir_tier_failures_total{{tier="cluster"}} {len(off)}.0' in rendered
             server.mode = "ok"
