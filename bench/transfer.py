@@ -331,6 +331,8 @@ def main() -> None:
     parser.add_argument("--kib", default="64,16384,262144", help="sizes, with commas between")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--frame-kib", type=int, default=FRAME_BYTES_MAX // 1024)
+    parser.add_argument("--plain", action="store_true", help="shm and tcp alone, though others are "
+                        "installed: NIXL and Mooncake keep cores busy also between their turns")
     parser.add_argument("--decode", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.decode:
@@ -355,10 +357,11 @@ def main() -> None:
             "tcp 2 streams": two.round,
         }
         others: list[Shipping | BareNixl] = []
-        for kind in set(able()) - set(PLAIN):
+        installed = PLAIN if given.plain else able()
+        for kind in set(installed) - set(PLAIN):
             others.append(Shipping(kind, source, arena, run_dir, given.frame_kib << 10))
             paths[kind] = others[-1].round
-        for kind in ("NIXL default", "NIXL tuned") if "nixl" in able() else ():
+        for kind in ("NIXL default", "NIXL tuned") if "nixl" in installed else ():
             others.append(BareNixl(kind, source, run_dir))
             paths[kind] = others[-1].round
         figures = [report(measure(paths, size, given.repeats), size.bytes) for size in sizes]

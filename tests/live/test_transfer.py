@@ -50,7 +50,9 @@ from kvasir.transfer.frames import (
     pack,
     unpack,
 )
+from kvasir.transfer.inline import InlineOutlet
 from kvasir.transfer.link import Summing
+from kvasir.transfer.medium import Loaded
 from kvasir.transfer.memory import Memory
 from kvasir.transfer.receiver import StreamReceiver
 
@@ -432,13 +434,18 @@ def test_an_ack_that_was_lost_is_said_again(run_dir: Path) -> None:
 def test_a_wrong_checksum_fails_one_transfer_only(
     kind: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, flawed = Summing.frame, [True]
+    real, real_load, flawed = Summing.frame, InlineOutlet.load, [True]
 
     def frame(self: Summing, memory: Memory) -> bytes:
         header = unpack(real(self, memory))
         return pack(msgspec.structs.replace(header, checksum=header.checksum ^ flawed[0]))
 
+    def load(self: InlineOutlet, *args: Any) -> Loaded:
+        loaded = real_load(self, *args)
+        return loaded._replace(checksum=(loaded.checksum or 0) ^ flawed[0])
+
     monkeypatch.setattr(Summing, "frame", frame)
+    monkeypatch.setattr(InlineOutlet, "load", load)
     with here("receiver", kind, None, run_dir) as d, here("sender", kind, 7, run_dir) as p:
         for name, ok in (("a", False), ("b", False), ("c", True)):
             flawed[0] = not ok

@@ -32,6 +32,8 @@ from kvasir.transfer.frames import (
     HEADER_BYTES,
     FrameKind,
     Header,
+    Hello,
+    PlaneAt,
     checksum,
     encode,
     message,
@@ -446,16 +448,13 @@ def test_a_stop_in_mid_frame_keeps_the_stream_whole_and_reads_no_more(overdue: b
     assert (whole == before[: whole.size]).all()
 
 
-UNSUMMED = (FrameKind.BEGIN, FrameKind.DATA)
-
-
 def frames_from(peer: socket.socket) -> Iterator[tuple[Header, bytes]]:
-    """Frames up to the first abort, checksums verified; what a sum is of is not here in whole."""
+    """Frames up to the first abort, checksums verified."""
     kind = FrameKind.BEGIN
     while kind is not FrameKind.ABORT:
         header = unpack(read_all(peer, HEADER_BYTES))
         payload = read_all(peer, header.payload_bytes)
-        assert checksum(payload) == header.checksum or header.kind in UNSUMMED
+        assert checksum(payload) == header.checksum or header.kind is FrameKind.BEGIN
         kind = header.kind
         yield header, payload
 
@@ -471,7 +470,7 @@ def test_a_forget_in_mid_frame_writes_no_more(scattered: bool) -> None:
     payload = bytes(4 * BLOCK_BYTES)
     header = Header(
         FrameKind.DATA, "a", 1, 1, 0, 1,
-        blocks=4, payload_bytes=len(payload),
+        blocks=4, payload_bytes=len(payload), checksum=checksum(payload),
     )  # fmt: skip
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(pack(header) + payload[:60])
@@ -512,12 +511,11 @@ def test_a_trailer_that_lies_is_not_believed(claimed: Trailer) -> None:
     payload = bytes(2 * BLOCK_BYTES)
     header = Header(
         FrameKind.DATA, "a", 1, 1, 0, 1,
-        blocks=2, payload_bytes=len(payload),
+        blocks=2, payload_bytes=len(payload), checksum=checksum(payload),
     )  # fmt: skip
-    whole = Header(FrameKind.SUM, "a", 1, 1, checksum=checksum(payload))
     port = int(receiver.addresses[0].rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as peer:
-        peer.sendall(pack(header) + payload + pack(whole))
+        peer.sendall(pack(header) + payload)
         peer.sendall(message(FrameKind.TRAILER, Key("a", 1), 1, encode(claimed)))
         ends.wait(lambda: bool(ends.received))
     receiver.close()
@@ -525,24 +523,33 @@ def test_a_trailer_that_lies_is_not_believed(claimed: Trailer) -> None:
 
 
 @pytest.mark.parametrize("sums", [(), (("a", 2),), (("b", 1),)], ids=["none", "late", "other's"])
-def test_data_without_its_sum_never_came(sums: tuple[tuple[str, int], ...]) -> None:
-    """A sum is of the frame right before it, by name; other frames in between leave none."""
-    target, ends = planes_of(UNTOUCHED), Ends()
-    receiver = StreamReceiver(target, [TcpMedium()], on_received=ends.on_received)
+def test_placed_blocks_without_their_sum_never_came(
+    sums: tuple[tuple[str, int], ...]
+) -> None:
+    """A sum is of the frame right before it, by name; another frame in between leaves none."""
+    arena, target, ends = Arena(1 << 20), planes_of(UNTOUCHED), Ends()
+    folder = tempfile.TemporaryDirectory(prefix="kv-")
+    receiver = StreamReceiver(target, [ShmMedium(folder.name)], on_received=ends.on_received)
     receiver.expect("a", 1, 0, [3], LAYERS, time.monotonic() + FAR_S)
-    payload = bytes(BLOCK_BYTES)
-    frames = b""
-    for plane in range(2):
-        frames += pack(Header(FrameKind.DATA, "a", 1, 1, plane, 1, blocks=1,
-                              payload_bytes=len(payload))) + payload  # fmt: skip
-    for name, serial in sums:
-        frames += pack(Header(FrameKind.SUM, name, 1, serial, checksum=checksum(payload)))
-    port = int(receiver.addresses[0].rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as peer:
-        peer.sendall(frames)
+    places = tuple(PlaneAt(0, BLOCKS, BLOCK_BYTES) for _ in range(2 * LAYERS))
+    hello = message(FrameKind.HELLO, Key("", 0), 0, encode(Hello(arena.size, places)))
+    ids = np.array([5], "<u4").tobytes()
+    placed = [
+        pack(Header(FrameKind.PLACED, "a", 1, 1, plane, 1, blocks=1, payload_bytes=4)) + ids
+        for plane in range(2)
+    ]
+    right = checksum(bytes(BLOCK_BYTES))
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(receiver.addresses[0].removeprefix("shm://"))
+        socket.send_fds(peer, [hello], [arena.fd])
+        peer.sendall(b"".join(placed))
+        for name, serial in sums:
+            peer.sendall(pack(Header(FrameKind.SUM, name, 1, serial, checksum=right)))
         peer.sendall(message(FrameKind.TRAILER, Key("a", 1), 1, encode(Trailer())))
         ends.wait(lambda: bool(ends.received))
     receiver.close()
+    arena.close()
+    folder.cleanup()
     (received,) = ends.received
     assert not received.ok and received.bytes == 0
     assert ("another transfer" if sums else f"{2 * LAYERS} blocks") in received.reason

@@ -7,7 +7,7 @@
     | attempt request id | plane range    |   | placed: the sender's block    |
     | shard | block range                 |   |   ids, or nothing             |
     | payload bytes | checksum of payload |   | trailer, hello: msgpack       |
-    |   (sum: of the blocks before it)    |   | abort, nack: reason, UTF-8    |
+    |   (sum: of the placed blocks)       |   | abort, nack: reason, UTF-8    |
     | checksum of the header itself       |   |                               |
     +-------------------------------------+   +-------------------------------+
 
@@ -65,8 +65,8 @@ class FrameKind(IntEnum):
     NACK = 9
     WELCOME = 10  # answers HELLO where the sender writes into our memory
     GRANT = 11  # answers RESUME, and there BEGIN: where blocks go, and what is here already
-    CODED = 12  # as DATA, but the payload is a chunk of `codec`
-    SUM = 13  # follows each DATA, CODED, PLACED: the checksum of what it carried, taken as it left
+    CODED = 12  # as DATA, but the payload is a chunk of `codec`; the checksum is the payload's
+    SUM = 13  # follows each PLACED: the checksum of its blocks, taken while the peer reads them
 
 
 _PAYLOAD_MAX: Final = {

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from kvasir.core.codec import RAW, Coded
 from kvasir.core.errors import WireError
@@ -22,6 +21,7 @@ from kvasir.transfer.frames import (
     FrameKind,
     Grant,
     Header,
+    checksum,
     message,
     reason_payload,
 )
@@ -159,7 +159,8 @@ WRONG: Final = Settled(problem="checksum of {} does not match")
 
 
 class Arrival(NamedTuple):
-    """A data frame that is here, and the checksum of what is."""
+    """A data frame that is here, and the checksum of what is; of placed blocks the right one is
+    still to come."""
 
     header: Header
     landing: Landing
@@ -182,7 +183,7 @@ class Conn:
         self.medium = medium
         self.inlet = medium.inlet(sock)
         read = self.inlet.recv_into
-        self.reader = FrameReader(read, partial(place, self), partial(arrived, self), self._seen)
+        self.reader = FrameReader(read, partial(place, self), partial(arrived, self))
         self.incoming: set[Incoming] = set()  # bound to this connection and not over
         self.small = bytearray()  # payload of the last small frame
         self.closed = False
@@ -190,7 +191,6 @@ class Conn:
         self._coder = coder
         self._landing: Landing | None = None
         self._arrival: Arrival | None = None  # its sum is still to come
-        self._state = xxhash.xxh3_64()
         self._staging: Bytes = np.empty(0, np.uint8)
         self._outbox: deque[memoryview] = deque()
         self._refused = (Key("", 0), 0)
@@ -205,7 +205,6 @@ class Conn:
         """The cache itself where it takes the payload in one run, else a buffer."""
         piece = incoming.piece(header)
         self._arrival = None
-        self._state.reset()
         if header.kind is FrameKind.PLACED:
             self._landing = Landing(incoming, piece, None, False)
             return self.small_payload(header)
@@ -218,17 +217,17 @@ class Conn:
         self._landing = Landing(incoming, piece, data, run is not None, coded)
         return data.data
 
-    def landed(self, header: Header) -> None:
-        """A data frame is here; its sum is still to come. Brings what was placed. Raises WireError
-        for a place that is none."""
+    def landed(self, header: Header) -> Arrival | None:
+        """A data frame is here. What was placed is brought, and waits for its sum: None. Raises
+        WireError for a place that is none."""
         landing, self._landing = self._landing, None
         if landing is None or landing.incoming.closing:
-            return
-        if landing.data is None:
-            found = self.inlet.bring(self._memory, landing.piece, self.small)
-        else:
-            found = self._state.intdigest()
+            return None
+        if landing.data is not None:
+            return Arrival(header, landing, checksum(landing.data.data))
+        found = self.inlet.bring(self._memory, landing.piece, self.small)
         self._arrival = Arrival(header, landing, found)
+        return None
 
     def take_arrival(self, header: Header) -> Arrival | None:
         """What the sum in `header` is of; None when nothing arrived, or that is over. Raises
@@ -252,9 +251,6 @@ class Conn:
         self._memory.scatter(landing.piece, landing.data)
         return Settled()
 
-    def _seen(self, part: memoryview) -> None:
-        if self._landing is not None and self._landing.data is not None:
-            self._state.update(part)
 
     def _settle_coded(self, piece: Piece, data: Bytes) -> Settled:
         if self._coder is None:
@@ -304,7 +300,7 @@ class Conn:
         """
         if len(self._outbox) > ANSWERS_MAX:
             raise WireError("the peer does not read its answers")
-        while self._outbox and send_some(self.sock, self._outbox, []):
+        while self._outbox and send_some(self.sock, self._outbox):
             pass
         return not self._outbox
 

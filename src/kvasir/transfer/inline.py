@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvasir.core.errors import WireError
-from kvasir.transfer.frames import FrameKind
+from kvasir.transfer.frames import FrameKind, checksum, checksum_of
 from kvasir.transfer.medium import Loaded
 from kvasir.transfer.memory import CACHED_BYTES, Limits
 
@@ -44,8 +44,9 @@ class InlineOutlet:
         if len(spans) > SPANS_MAX:
             staged = self._staged(memory.size(piece.plane, piece.planes, len(piece.ids)))
             memory.gather(piece, staged)
-            return Loaded(FrameKind.DATA, [staged.data])
-        return Loaded(FrameKind.DATA, [span.data for span in spans])
+            return Loaded(FrameKind.DATA, [staged.data], checksum(staged.data))
+        views = [span.data for span in spans]
+        return Loaded(FrameKind.DATA, views, checksum_of(views))
 
     def close(self) -> None:
         self._staging = np.empty(0, np.uint8)

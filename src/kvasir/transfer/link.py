@@ -18,17 +18,16 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import xxhash
 
 from kvasir.core.codec import PIECE_BYTES, RAW
 from kvasir.core.errors import WireError
 from kvasir.transfer.base import Key, Shard, Timeline, Trailer
 from kvasir.transfer.frames import (
-    HEADER_BYTES,
     TRAILER_BYTES_MAX,
     FrameKind,
     Grant,
     Header,
+    checksum,
     decode,
     encode,
     message,
@@ -127,27 +126,17 @@ class Coding(NamedTuple):
     encoded: Future[Encoded]
 
 
-class Summing:
-    """The checksum of a data frame's blocks, taken while they leave: of inline ones as the socket
-    takes them, when a core's cache has them anyway; of placed ones (`piece`) while the peer reads
-    them."""
+class Summing(NamedTuple):
+    """The checksum of placed blocks, which follows their frame: the peer reads them meanwhile."""
 
-    __slots__ = ("_skip", "_state", "piece", "transfer")
-
-    def __init__(self, transfer: Outgoing, piece: Piece | None) -> None:
-        self.transfer, self.piece = transfer, piece
-        self._state, self._skip = xxhash.xxh3_64(), HEADER_BYTES
-
-    def left(self, sent: list[memoryview]) -> None:
-        for view in sent if self.piece is None else ():
-            skipped = min(self._skip, len(view))
-            self._skip -= skipped
-            self._state.update(view[skipped:])
+    transfer: Outgoing
+    piece: Piece
+    known: int | None
 
     def frame(self, memory: Memory) -> bytes:
-        found = memory.checksum(self.piece) if self.piece is not None else self._state.intdigest()
-        transfer = self.transfer
-        return pack(Header(FrameKind.SUM, *transfer.key, transfer.serial, checksum=found))
+        found = memory.checksum(self.piece) if self.known is None else self.known
+        key, serial = self.transfer.key, self.transfer.serial
+        return pack(Header(FrameKind.SUM, *key, serial, checksum=found))
 
 
 @dataclass(eq=False, slots=True)
@@ -340,7 +329,7 @@ class Link:
         if transfer.grant is not None and transfer.grant.has(piece):
             return 0
         kind = FrameKind.DATA if encoded.form == RAW else FrameKind.CODED
-        loaded = Loaded(kind, [encoded.data])
+        loaded = Loaded(kind, [encoded.data], checksum(encoded.data))
         self._load(transfer, piece, loaded)
         return len(encoded.data)
 
@@ -350,21 +339,21 @@ class Link:
 
     def _load(self, transfer: Outgoing, piece: Piece, loaded: Loaded) -> int:
         """Returns the bytes of KV."""
-        inline_bytes = sum(map(len, loaded.inline))
+        placed, inline_bytes = loaded.kind is FrameKind.PLACED, sum(map(len, loaded.inline))
         header = Header(
             loaded.kind, *transfer.key, transfer.serial, piece.plane, piece.planes, self._shard,
-            piece.first_block, len(piece.ids), inline_bytes,
+            piece.first_block, len(piece.ids), inline_bytes, 0 if placed else loaded.checksum or 0,
         )  # fmt: skip
         self.outbox.append(memoryview(pack(header)))
         self.outbox.extend(loaded.inline)
         size = self._memory.size(piece.plane, piece.planes, len(piece.ids))
-        moved = size if loaded.kind is FrameKind.PLACED else inline_bytes
+        moved = size if placed else inline_bytes
         transfer.bytes += size
         transfer.wire_bytes += moved
         self.meter.bytes += moved
         transfer.first_frame_s = transfer.first_frame_s or time.monotonic()
         self._leaving, self._flight = transfer, loaded.flight
-        self._summing = Summing(transfer, piece if loaded.kind is FrameKind.PLACED else None)
+        self._summing = Summing(transfer, piece, loaded.checksum) if placed else None
         return size
 
     def in_flight(self) -> bool:
@@ -377,15 +366,15 @@ class Link:
 
     def flush(self) -> bool:
         """Send from the outbox; False when the socket takes no more. Raises OSError."""
-        sent = list[memoryview]()
-        while self.outbox and send_some(self.sock, self.outbox, sent):
-            if self._summing is not None:
-                self._summing.left(sent)
-                self._summing.transfer.last_frame_s = time.monotonic()
-                if not self.outbox:
-                    self.outbox.append(memoryview(self._summing.frame(self._memory)))
-                    self._leaving = self._summing = None
-            sent.clear()
+        sent = send_some(self.sock, self.outbox)
+        transfer = self._leaving
+        if transfer is not None and sent:
+            transfer.last_frame_s = time.monotonic()
+            if not self.outbox:
+                self._leaving, summing, self._summing = None, self._summing, None
+                if summing is not None:
+                    self.outbox.append(memoryview(summing.frame(self._memory)))
+                    send_some(self.sock, self.outbox)
         return not self.outbox
 
     def _begin_frame(self, transfer: Outgoing, frame: bytes) -> bytes:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Loaded(NamedTuple):
     """A piece, read and ready to leave. `kind`: DATA when `inline` holds its bytes, or PLACED; then
     the frame may leave when `flight`, if there is one, says that the bytes are there (it raises
-    OSError when they will never be)."""
+    OSError when they will never be). `checksum` None: to be taken while the peer reads them."""
 
     kind: FrameKind
     inline: list[memoryview]
+    checksum: int | None = None
     flight: Callable[[], bool] | None = None
 
 

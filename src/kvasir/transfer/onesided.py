@@ -92,7 +92,7 @@ class OneSidedOutlet:
         if there is None or not self._peer:
             raise WireError("the peer granted no place")
         flight = self._mover.write(self._peer, self._moves(memory, piece, there))
-        return Loaded(FrameKind.PLACED, [], flight)
+        return Loaded(FrameKind.PLACED, [], memory.checksum(piece), flight)
 
     def close(self) -> None: ...
 

@@ -19,7 +19,7 @@ from kvasir.core.errors import ConfigError, TransferError, WireError
 from kvasir.core.units import MIB
 from kvasir.transfer.base import GIVEN_UP, WHOLE, Key, OnReceived, ReceiveResult, Shard, Trailer
 from kvasir.transfer.frames import FrameKind, Header, checksum, decode, encode
-from kvasir.transfer.inbound import Conn, Incoming
+from kvasir.transfer.inbound import Arrival, Conn, Incoming
 from kvasir.transfer.loop import READ, WRITE, Loop
 from kvasir.transfer.memory import Memory
 from kvasir.transfer.sender import coder_for
@@ -288,9 +288,9 @@ class StreamReceiver:
         """A whole frame is here. Raises WireError."""
         match header.kind:
             case FrameKind.DATA | FrameKind.PLACED | FrameKind.CODED:
-                conn.landed(header)
+                self._settle(conn, conn.landed(header), header.checksum)
             case FrameKind.SUM:
-                self._summed(conn, header)
+                self._settle(conn, conn.take_arrival(header), header.checksum)
             case FrameKind.HELLO:
                 if welcome := conn.inlet.hello(conn.small):
                     conn.say(FrameKind.WELCOME, *_named(header), welcome)
@@ -305,12 +305,11 @@ class StreamReceiver:
             case _:
                 raise WireError(f"{header.kind.name} sent to a receiver")
 
-    def _summed(self, conn: Conn, header: Header) -> None:
-        arrival = conn.take_arrival(header)
+    def _settle(self, conn: Conn, arrival: Arrival | None, wanted: int) -> None:
         if arrival is None:
             return
         incoming = arrival.landing.incoming
-        form, problem = conn.settle(arrival, header.checksum)
+        form, problem = conn.settle(arrival, wanted)
         if problem:
             self._end(incoming, problem.format(incoming.describe(arrival.header)))
         else:

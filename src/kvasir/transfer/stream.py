@@ -11,26 +11,22 @@ from typing import Final
 from kvasir.transfer.frames import HEADER_BYTES, Header, unpack
 
 SCRATCH_BYTES: Final = 256 * 1024
-CALL_BYTES: Final = 1024 * 1024  # what comes in one call is summed while a core's cache has it
 VIEWS_PER_CALL: Final = 256  # below IOV_MAX everywhere
 
 Place = Callable[[Header], memoryview | None]
 Arrived = Callable[[Header], None]
-Seen = Callable[[memoryview], None]
 
 
 class FrameReader:
     """Asks `place(header)` where the inline payload goes (None: nowhere, it is drained), and says
-    `arrived(header)` when it is there; `seen` gets each part of it as it comes."""
+    `arrived(header)` when it is there."""
 
     def __init__(
-        self, recv_into: Callable[[memoryview], int], place: Place, arrived: Arrived,
-        seen: Seen | None = None,
+        self, recv_into: Callable[[memoryview], int], place: Place, arrived: Arrived
     ) -> None:
         self._recv_into = recv_into
         self._place = place
         self._arrived = arrived
-        self._seen = seen
         self._header_bytes = bytearray(HEADER_BYTES)
         self._scratch = memoryview(b"")
         self._header: Header | None = None
@@ -52,8 +48,6 @@ class FrameReader:
                 raise ConnectionResetError("closed by the peer")
             budget_bytes -= count
             self._left -= count
-            if self._seen is not None and self._header is not None and self._sink is not None:
-                self._seen(room[:count])
             if self._left == 0:
                 self._section_done()
             elif count < len(room):
@@ -66,8 +60,7 @@ class FrameReader:
 
     def _room(self) -> memoryview:
         if self._sink is not None:
-            at = len(self._sink) - self._left
-            return self._sink[at : at + CALL_BYTES]
+            return self._sink[len(self._sink) - self._left :]
         if not self._scratch:
             self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         return self._scratch[: self._left]
@@ -85,24 +78,16 @@ class FrameReader:
         self._arrived(header)
 
 
-def send_some(sock: socket.socket, outbox: deque[memoryview], sent: list[memoryview]) -> bool:
-    """Send from the front of `outbox` what the socket takes, up to about CALL_BYTES; adds what
-    left to `sent`. False when it takes nothing. Raises OSError."""
-    views, room = list[memoryview](), CALL_BYTES
-    for view in islice(outbox, VIEWS_PER_CALL):
-        views.append(view[:room])
-        room -= len(views[-1])
-        if not room:
-            break
+def send_some(sock: socket.socket, outbox: deque[memoryview]) -> int:
+    """Send from the front of `outbox` what the socket takes; returns the bytes. Raises OSError."""
     try:
-        left = sock.sendmsg(views)
+        sent = left = sock.sendmsg(list(islice(outbox, VIEWS_PER_CALL)))
     except BlockingIOError:
-        return False
+        return 0
     while left:
         head = outbox[0]
-        sent.append(head[:left])
         if left < len(head):
             outbox[0] = head[left:]
             break
         left -= len(outbox.popleft())
-    return True
+    return sent
