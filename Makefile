@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 serve: $(STAMP) ## serve on PORT (8000): 1 prefill worker, 2 decode workers
 	$(BIN)/kvasir serve --port $(PORT) --prefill 1 --decode 2
 
-test: $(STAMP) ## the default suite (under five minutes on two cores)
+test: $(STAMP) ## the default suite (ten minutes on two cores)
 	$(BIN)/python -m pytest tests -m "not long and not real"
 
 test-long: $(STAMP) ## long tests, among them 1,000 fault seeds

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from kvasir.core.errors import ConfigError, WireError
+from kvasir.core.errors import ConfigError
 from kvasir.core.specs.deployment import TransportSpec
 from kvasir.engine.fake import fake_tokens
 from kvasir.engine.tiny import make_tiny
@@ -168,8 +168,14 @@ def test_a_cluster_ships_over_three_streams(tmp_path: Path) -> None:
 
 
 def test_both_sides_must_have_as_many() -> None:
-    with pair(3, at_receiver=2) as p, pytest.raises(WireError, match="3 streams here, 2 at"):
+    """An address comes from a peer: a wrong one ends that transfer only."""
+    with pair(3, at_receiver=2) as p:
         p.sender.open("a", 1, p.address, far())
+        p.sender.push("a", 1, 0, [1, 2], range(LAYERS))
+        p.sender.finish("a", 1, Trailer())
+        name, attempt, ok, reason = p.over.get(timeout=WAIT_S)
+        assert (name, attempt, ok) == ("a", 1, False) and "3 streams here, 2 at" in reason
+        assert p.over.empty()
 
 
 def test_a_deployment_says_how_many() -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from kvasir.core.errors import WireError
 from kvasir.transfer.base import Key, Timeline
 
 if TYPE_CHECKING:
@@ -67,10 +66,12 @@ class StripedSender:
         self._ends = [make(part, partial(self._over, i)) for i, part in enumerate(parts)]
 
     def open(self, request_id: RequestId, attempt: int, address: str, deadline_s: float) -> None:
-        """Raises WireError when the receiver has another number of streams."""
+        """A peer with another number of streams ends the transfer, not the worker."""
         addresses = address.split(BETWEEN)
         if len(addresses) != len(self._ends):
-            raise WireError(f"{len(self._ends)} streams here, {len(addresses)} at the receiver")
+            reason = f"cannot connect: {len(self._ends)} streams here, {len(addresses)} at the peer"
+            self._on_over(request_id, attempt, False, reason)
+            return
         key = Key(request_id, attempt)
         with self._lock:
             self._waits[key] = Waits(len(self._ends))
